@@ -1,0 +1,82 @@
+"""The terms of the paper's equations as pure tensor functions.
+
+Shapes: B examples, N classes, images (B, C, H, W) with pixels in [0, 1]. Losses are in nats, one value an example, and
+are reduced by the caller, in one visible place. A divergence is exactly zero where its arguments are equal, and its
+gradient is finite there: iterative self-distillation starts at that point.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORMS = ("per_sample", "batch")
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example in nats, (B, N), (B,) -> (B,). Appendix A, Equation 8."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² KL(teacher ‖ student) of the softmaxes at temperature T, (B, N), (B, N) -> (B,) in nats. Section 2.1.
+
+    Zero if and only if the two softmaxes agree. The factor T² keeps the gradient's size independent of T.
+
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+
+
+def input_gradient(
+    model: nn.Module | Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the SUMMED cross-entropy with respect to the pixels, and the logits, from one forward pass.
+
+    The sum makes each row the gradient of that example's own loss, whatever the batch size (a mean would divide it by
+    B) as long as the model treats examples independently.
+
+    Args:
+        model: images (B, C, H, W) -> logits (B, N).
+        x: images (B, C, H, W) in [0, 1].
+        y: labels (B,).
+        create_graph: keep the graph, so that a loss of the gradient can be differentiated again with respect to the
+            model's parameters (double backpropagation). Otherwise both results are detached.
+
+    Returns:
+        (B, C, H, W) gradient in nats per unit of pixel value, (B, N) logits.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)
+        (gradient,) = torch.autograd.grad(cross_entropy(logits, y).sum(), x, create_graph=create_graph)
+    return (gradient, logits) if create_graph else (gradient, logits.detach())
+
+
+def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sample") -> Tensor:
+    """The alignment term ‖g_s − g_t‖₂ of Section 2.1 for a batch, (B, C, H, W), (B, C, H, W) -> scalar.
+
+    With d_i the difference of example i:
+
+    * ``per_sample``, the paper's reading: the mean over the batch of ‖d_i‖₂;
+    * ``batch``, the authors' code: (1/B)·‖(1/B)[d_1 … d_B]‖_F. Their gradients are those of the batch-MEAN loss (the
+      inner 1/B), one Frobenius norm is taken over the whole batch, and their coefficient is divided by the batch size
+      (the outer 1/B). It equals B^-1.5 times the root mean square of ‖d_i‖₂.
+
+    ``torch.linalg.vector_norm`` has gradient 0 at 0, where ``sqrt(sum of squares)`` has NaN.
+
+    Raises:
+        ValueError: an unknown norm.
+    """
+    difference = (g_student - g_teacher).flatten(1)
+    if norm == "per_sample":
+        return torch.linalg.vector_norm(difference, dim=1).mean()
+    if norm == "batch":
+        return torch.linalg.vector_norm(difference) / len(difference) ** 2
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")

@@ -1,0 +1,363 @@
+"""One frozen dataclass a training method; ``method(student, teacher, x, y) -> Terms``.
+
+``Terms`` are the named, weighted scalars whose sum is minimised, so a log of them is a by-product of training. The
+student arrives in train mode, the teacher frozen in eval mode. Each ``__call__`` reads against the equation that its
+docstring names, with
+
+    CE(f(x), y)      cross-entropy, mean over the batch
+    KL(s, t)         T²·KL(teacher ‖ student) at temperature T
+    g_s, g_t         input gradients of the summed cross-entropy
+    IGA(g_s, g_t)    their distance (``losses.gradient_distance``)
+
+The paper leaves the norm, the reductions and ARD's target open, and the authors' code decides them in its own way.
+They are fields here, and ``PRESETS`` holds both readings. To add a method, write its class and enter it in ``METHODS``:
+parameter files, run keys and tests follow.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdiga_nb.attacks import SignAscent, frozen
+from kdiga_nb.losses import NORMS, cross_entropy, distillation_kl, gradient_distance, input_gradient
+
+Terms = dict[str, Tensor]
+REDUCTIONS = ("batchmean", "mean")
+TARGETS = ("clean", "adversarial")
+
+# The choices the paper leaves open (first) and what the authors' published code does.
+PRESETS: dict[str, dict[str, str]] = {
+    "paper": {"norm": "per_sample", "kl_reduction": "batchmean", "target": "clean"},
+    "author_code": {"norm": "batch", "kl_reduction": "mean", "target": "adversarial"},
+}
+
+
+class Method:
+    """What every method shares: its name, whether it needs a teacher, and checks of the fields' values."""
+
+    needs_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # pyright: ignore[reportArgumentType]
+            name, value = field.name, getattr(self, field.name)
+            if (name.startswith("lambda_") or name == "beta") and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+            if name == "temperature" and not value > 0:
+                raise ValueError(f"temperature must be positive, got {value}")
+            allowed = {"norm": NORMS, "kl_reduction": REDUCTIONS, "target": TARGETS}.get(name)
+            if allowed and value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def bind(self, image_shape: tuple[int, int, int], device: torch.device) -> "Method | nn.Module":
+        """The method ready for one training; itself, unless it has weights of its own to learn (IGAM)."""
+        return self
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        """The weighted terms for images (B, C, H, W) in [0, 1] and labels (B,); scalars in nats."""
+        raise TypeError(f"{type(self).__name__} is no training method")
+
+
+def _teacher(teacher: nn.Module | None) -> nn.Module:
+    if teacher is None:
+        raise ValueError("this method needs a teacher")
+    return teacher
+
+
+def _logits(teacher: nn.Module | None, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return _teacher(teacher)(x)
+
+
+def _reduced(kl: Tensor, reduction: str, classes: int) -> Tensor:
+    """Mean over the batch, or over batch and classes as the authors' code does (a factor 1/N weaker)."""
+    return kl.mean() / (classes if reduction == "mean" else 1)
+
+
+@dataclass(frozen=True)
+class ST(Method):
+    """Standard training: CE(f_s(x), y). Equation 1."""
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        return {"cross_entropy": cross_entropy(student(x), y).mean()}
+
+
+@dataclass(frozen=True)
+class KD(Method):
+    """Knowledge distillation: λ_CE·CE(f_s(x), y) + λ_KL·KL(f_s(x), f_t(x)). Equation 17."""
+
+    lambda_ce: float = 0.5
+    lambda_kl: float = 0.5
+    temperature: float = 1.0
+    kl_reduction: str = "batchmean"
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        logits = student(x)
+        kl = distillation_kl(logits, _logits(teacher, x), self.temperature)
+        return {
+            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
+            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
+        }
+
+
+@dataclass(frozen=True)
+class KDIGA(Method):
+    """KD with input gradient alignment: KD + λ_IGA·IGA(g_s, g_t). Section 2.1 and Algorithm 1.
+
+    With a one-step ``attack`` this is KDIGA+FGSM of Appendix H. The gradient that the alignment computes is reused for
+    the step: g_s and g_t are aligned where the attack starts (x itself for FGSM, a random point of the ball for a
+    random start), and CE and KL are taken at the point one step along the sign of g_s. No gradient is computed that
+    KDIGA does not compute anyway; the price is one more forward pass of each net.
+    """
+
+    lambda_ce: float = 0.5
+    lambda_kl: float = 0.5
+    lambda_iga: float = 1.0
+    temperature: float = 1.0
+    norm: str = "per_sample"
+    attack: SignAscent | None = None
+    kl_reduction: str = "batchmean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attack is not None and self.attack.steps != 1:
+            raise ValueError(f"KDIGA reuses one gradient, so its attack must have one step, got {self.attack.steps}")
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        start = x if self.attack is None else self.attack.start(x)
+        g_student, student_logits = input_gradient(student, start, y, create_graph=True)
+        g_teacher, teacher_logits = input_gradient(_teacher(teacher), start, y)
+        if self.attack is not None:
+            x_adv = self.attack.step(start, g_student.detach(), x)
+            student_logits, teacher_logits = student(x_adv), _logits(teacher, x_adv)
+        kl = distillation_kl(student_logits, teacher_logits, self.temperature)
+        return {
+            "cross_entropy": self.lambda_ce * cross_entropy(student_logits, y).mean(),
+            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, student_logits.shape[1]),
+            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
+        }
+
+
+@dataclass(frozen=True)
+class ARD(Method):
+    """Adversarially robust distillation: λ_CE·CE(f_s(x), y) + λ_KL·KL(f_s(x + δ), target).
+
+    δ maximises the student's cross-entropy (Equation 18). The target is f_t(x) (``clean``, as Appendix I writes it) or
+    f_t(x + δ) (``adversarial``, as the authors' code has it). ARD's own authors use λ_CE = 0, λ_KL = 1, T = 30.
+    """
+
+    attack: SignAscent
+    lambda_ce: float = 0.5
+    lambda_kl: float = 0.5
+    temperature: float = 1.0
+    kl_reduction: str = "batchmean"
+    target: str = "clean"
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        x_adv = self.attack(student, x, y)
+        logits = student(x)
+        goal = _logits(teacher, x if self.target == "clean" else x_adv)
+        kl = distillation_kl(student(x_adv), goal, self.temperature)
+        return {
+            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
+            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
+        }
+
+
+@dataclass(frozen=True)
+class KDIGA_ARD_C(Method):
+    """KDIGA on clean images and ARD: CE(f_s(x)), KL(f_s(x + δ), f_t(x)), IGA at x. Equation 20."""
+
+    attack: SignAscent
+    lambda_ce: float = 0.5
+    lambda_kl: float = 0.5
+    lambda_iga: float = 1.0
+    temperature: float = 1.0
+    norm: str = "per_sample"
+    kl_reduction: str = "batchmean"
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        x_adv = self.attack(student, x, y)
+        g_student, logits = input_gradient(student, x, y, create_graph=True)
+        g_teacher, teacher_logits = input_gradient(_teacher(teacher), x, y)
+        kl = distillation_kl(student(x_adv), teacher_logits, self.temperature)
+        return {
+            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
+            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
+            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
+        }
+
+
+@dataclass(frozen=True)
+class KDIGA_ARD_A(Method):
+    """KDIGA on adversarial images: CE(f_s(x)), KL(f_s(x + δ), f_t(x + δ)), IGA at x + δ. Equation 21."""
+
+    attack: SignAscent
+    lambda_ce: float = 0.5
+    lambda_kl: float = 0.5
+    lambda_iga: float = 1.0
+    temperature: float = 1.0
+    norm: str = "per_sample"
+    kl_reduction: str = "batchmean"
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        x_adv = self.attack(student, x, y)
+        g_student, student_logits = input_gradient(student, x_adv, y, create_graph=True)
+        g_teacher, teacher_logits = input_gradient(_teacher(teacher), x_adv, y)
+        kl = distillation_kl(student_logits, teacher_logits, self.temperature)
+        return {
+            "cross_entropy": self.lambda_ce * cross_entropy(student(x), y).mean(),
+            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, student_logits.shape[1]),
+            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
+        }
+
+
+@dataclass(frozen=True)
+class AT(Method):
+    """Adversarial training (Madry et al.): CE(f(x + δ), y). PGD-7 in Table 1, fast AT with one random-start step."""
+
+    attack: SignAscent
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        return {"cross_entropy": cross_entropy(student(self.attack(student, x, y)), y).mean()}
+
+
+@dataclass(frozen=True)
+class TRADES(Method):
+    """TRADES (Zhang et al. 2019): CE(f(x), y) + β·KL(f(x) ‖ f(x + δ)), δ maximising that same divergence.
+
+    The attack lends its radius, steps and start; it needs a random start, for the divergence has no gradient at x.
+    """
+
+    attack: SignAscent
+    beta: float = 6.0
+    needs_teacher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.attack.random_start:
+            raise ValueError("TRADES needs an attack with a random start: its loss has no gradient at the image itself")
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        with frozen(student):
+            with torch.no_grad():
+                still = student(x)
+            x_adv = self.attack.perturb(lambda images: distillation_kl(student(images), still), x)
+        logits = student(x)
+        return {
+            "cross_entropy": cross_entropy(logits, y).mean(),
+            "consistency": self.beta * distillation_kl(student(x_adv), logits).mean(),
+        }
+
+
+class _Reversed(torch.autograd.Function):
+    """Identity forward, sign of the gradient turned backward: one loss then serves both players of a minimax game."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return -gradient
+
+
+@dataclass(frozen=True)
+class IGAM(Method):
+    """Input gradient adversarial matching (Chan et al., CVPR 2020), a baseline of Table 1.
+
+    λ_CE·CE(f_s(x), y) + λ_adv·L_adv + λ_diff·mean‖g_s − g_t‖₂², where a discriminator D tells the teacher's input
+    gradients from the student's: L_adv = −log D(g_t) − log(1 − D(g_s)), minimised by D and maximised by the student.
+    Gradient reversal lets one optimiser play both. The teacher is adversarially trained on another task, and its last
+    layer fine-tuned on this one.
+    """
+
+    lambda_ce: float = 1.0
+    lambda_adv: float = 0.1
+    lambda_diff: float = 1.0
+
+    def bind(self, image_shape: tuple[int, int, int], device: torch.device) -> nn.Module:
+        return _IGAMGame(self, image_shape).to(device)
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        """The terms against a fresh discriminator; in a training, ``bind`` gives one that learns."""
+        channels, height, width = x.shape[1:]
+        return self.bind((channels, height, width), x.device)(student, teacher, x, y)
+
+
+class _IGAMGame(nn.Module):
+    """IGAM with the discriminator it trains, whose weights belong to the training's state."""
+
+    def __init__(self, method: IGAM, image_shape: tuple[int, int, int]):
+        super().__init__()
+        self.method = method
+        channels, height, width = image_shape
+        self.discriminator = nn.Sequential(
+            nn.Conv2d(channels, 16, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(32 * ((height + 3) // 4) * ((width + 3) // 4), 1),
+        )
+
+    def forward(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        g_student, logits = input_gradient(student, x, y, create_graph=True)
+        g_teacher, _ = input_gradient(_teacher(teacher), x, y)
+        real = self.discriminator(_unit(g_teacher))
+        fake = self.discriminator(_Reversed.apply(_unit(g_student)))
+        adversarial = F.softplus(-real) + F.softplus(fake)  # −log D(g_t) − log(1 − D(g_s)), D the sigmoid
+        difference = (g_student - g_teacher).flatten(1).square().sum(1)
+        return {
+            "cross_entropy": self.method.lambda_ce * cross_entropy(logits, y).mean(),
+            "adversarial": self.method.lambda_adv * adversarial.mean(),
+            "difference": self.method.lambda_diff * difference.mean(),
+        }
+
+
+def _unit(gradient: Tensor) -> Tensor:
+    """Gradients of unit length an example: the discriminator judges their pattern, not their size."""
+    norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-8)
+    return gradient / norm[:, None, None, None]
+
+
+METHODS: dict[str, type[Method]] = {
+    "st": ST,
+    "kd": KD,
+    "kdiga": KDIGA,
+    "ard": ARD,
+    "kdiga_ard_c": KDIGA_ARD_C,
+    "kdiga_ard_a": KDIGA_ARD_A,
+    "igam": IGAM,
+    "at": AT,
+    "trades": TRADES,
+}
+
+
+def with_preset(method: type[Method], preset: str, **values: Any) -> Method:
+    """A method under a preset: the preset's choices, for the fields the method has, then ``values``.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    names = {field.name for field in fields(method)}  # pyright: ignore[reportArgumentType]
+    return method(**{k: v for k, v in PRESETS[preset].items() if k in names} | values)
+
+
+def effective_lambda_iga(method: Method, batch_size: int) -> float:
+    """The weight that lies on ‖d_i‖₂ of an example, in the mean over the batch.
+
+    λ_IGA itself for ``per_sample``. Under ``batch`` it is λ_IGA·B^-1.5 (of the root mean square of ‖d_i‖₂), so the
+    authors' nominal 1 at B = 128 is an effective 6.9e-4.
+    """
+    weight = getattr(method, "lambda_iga", 0.0)
+    return weight * batch_size**-1.5 if getattr(method, "norm", "per_sample") == "batch" else weight
+
+
