@@ -1,0 +1,254 @@
+"""The notebooks' parameters as strict pydantic models.
+
+papermill injects whatever a YAML file or ``-p`` says: unknown names only draw a warning, and ``1e-3`` and ``8/255``
+arrive as strings. So every notebook hands its parameters to ``from_notebook`` in the cell after the ``parameters``
+cell, and the batch command reads the same files through ``read``: a bad value ends in one line that names file, key and
+what is allowed, before anything trains.
+"""
+
+import ast
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from kdiga_nb import paths
+from kdiga_nb.data import DATASETS
+from kdiga_nb.losses import NORMS
+from kdiga_nb.methods import PRESETS
+from kdiga_nb.models import MODELS
+from kdiga_nb.training import POLICIES, SELECTIONS, resolve_device
+
+
+P = TypeVar("P", bound="Params")
+
+
+class ParameterError(ValueError):
+    """A parameter file, or a notebook's parameters, that cannot be used; one line for each fault."""
+
+
+def _number(value: Any) -> Any:
+    """8/255 and 1e-3 as numbers; anything else is left for pydantic to judge."""
+    if isinstance(value, str):
+        try:
+            return float(Fraction(value)) if "/" in value else float(value)
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+def _one_of(names: Mapping[str, Any] | tuple[str, ...]) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _device(value: Any) -> Any:
+    resolve_device(value)
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
+Radius = Annotated[Number, Field(ge=0, le=1)]
+Weight = Annotated[Number, Field(ge=0)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Probability = Annotated[Number, Field(ge=0, lt=1)]
+DatasetName = Annotated[str, _one_of(DATASETS)]
+ModelName = Annotated[str, _one_of(MODELS)]
+
+
+class Params(BaseModel):
+    """What every artefact has: data, nets, training and evaluation. Units: ε and steps in pixels of [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "digits"
+    dataset: DatasetName = "digits"
+    student: ModelName = "digits_small"
+    teacher: ModelName = "digits_wide"
+    preset: Annotated[str, _one_of(PRESETS)] = "paper"
+    seeds: Annotated[list[Natural], Field(min_length=1)] = [0, 1, 2]
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
+
+    # evaluation
+    epsilon: Radius = 0.1
+    pgd_steps: Count = 20
+    pgd_restarts: Count = 1
+    test_images: Natural = 0
+    autoattack_images: Natural = 200
+    autoattack_seeds: Natural = 1
+
+    # the loss
+    lambda_ce: Weight = 0.5
+    lambda_kl: Weight = 0.5
+    lambda_iga: Weight = 3.0
+    iga_norm: Annotated[str, _one_of(("preset", *NORMS))] = "preset"
+    temperature: Positive = 1.0
+
+    # training
+    epochs: Count = 20
+    batch_size: Count = 64
+    learning_rate: Positive = 0.1
+    policy: Annotated[str, _one_of(POLICIES)] = "one_cycle"
+    milestones: list[Natural] = []
+    weight_decay: Weight = 5e-4
+    clip_norm: Weight = 1.0
+    augment: bool = False
+    selection: Annotated[str, _one_of(SELECTIONS)] = "last"
+    teacher_epochs: Count = 20
+    train_epsilon: Radius = 0.12
+    train_steps: Count = 5
+    beta: Weight = 6.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        if not rising or any(not 0 < milestone < self.epochs for milestone in self.milestones):
+            raise ValueError(f"milestones: must rise and lie between 0 and epochs = {self.epochs}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: each may stand only once")
+        return self
+
+
+class IsdParams(Params):
+    """Iterative self-distillation (Algorithms 2 and 3)."""
+
+    loops: Count = 6
+    isd_epochs: Count = 20
+    lambda_isd: Weight = 100.0
+    learning_rate_decay: Positive = 1.0
+    head_dropout: Probability = 0.5
+
+
+class Table1Params(IsdParams):
+    """Table 1, Figure 1 and Table 3, which share their runs."""
+
+    wit_loops: Count = 3
+    source_tinyimagenet: DatasetName = "digits_rotated"
+    source_mnist: DatasetName = "digits_inverted"
+    lambda_adv: Weight = 0.1
+    lambda_diff: Weight = 1.0
+    head_epochs: Count = 5
+
+
+class Table3Params(Table1Params):
+    """Table 3: the terms of Proposition 2."""
+
+    bound_images: Count = 500
+    llm_steps: Count = 50
+
+
+class Table4Params(IsdParams):
+    """Table 4: ISD with and without head dropout."""
+
+    loops: Count = 3
+    wit_loops: Count = 2
+
+
+class Table5Params(Params):
+    """Table 5: KDIGA+FGSM."""
+
+    fgsm_student: ModelName = "digits_medium"
+    fgsm_epochs: Count = 20
+
+
+class Table2Params(Params):
+    """Tables 2 and 6: between CNNs and vision transformers."""
+
+    student_medium: ModelName = "digits_medium"
+    student_large: ModelName = "digits_large"
+    vit: ModelName = "digits_vit"
+    vit_epochs: Count = 30
+    vit_learning_rate: Positive = 0.05
+    finetune_epochs: Count = 20
+    finetune_learning_rate: Positive = 0.05
+    radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1]
+    pgd_steps: Count = 40
+
+
+class Table6Params(Table2Params):
+    """Table 6: the nets of Table 2 under AutoAttack at several radii."""
+
+    radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1, 0.15]
+
+
+def faults(error: ValidationError) -> list[str]:
+    """One line for each fault: key, what is wrong, what was given."""
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key; known are {', '.join(known_names(error))}")
+            continue
+        message = fault["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        lines.append(f"{key}: {message}, got {fault['input']!r}" if key else message)
+    return lines
+
+
+def known_names(error: ValidationError) -> list[str]:
+    """The keys of the model that an error came from."""
+    model = next((cls for cls in _all_models(Params) if cls.__name__ == error.title), Params)
+    return list(model.model_fields)
+
+
+def _all_models(cls: type[Params]) -> list[type[Params]]:
+    return [cls, *(found for sub in cls.__subclasses__() for found in _all_models(sub))]
+
+
+def build(model: type[P], values: Mapping[str, Any], source: str) -> P:
+    """The parameters, or a ``ParameterError`` whose every line opens with ``source``."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ParameterError("\n".join(f"{source}: {line}" for line in faults(error))) from None
+
+
+def read(model: type[P], path: Path, overrides: Mapping[str, Any] | None = None) -> P:
+    """The parameters of a YAML file, with ``overrides`` on top."""
+    source = str(path.relative_to(paths.ROOT)) if path.is_relative_to(paths.ROOT) else str(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ParameterError(f"{source}: there is no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ParameterError(f"{source}: not readable as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ParameterError(f"{source}: must hold a mapping of parameter names to values")
+    return build(model, values | dict(overrides or {}), source)
+
+
+_KERNEL_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+
+
+def from_notebook(model: type[P], namespace: Mapping[str, Any]) -> P:
+    """The parameters of a running notebook, from its ``globals()`` right after the parameters cells.
+
+    Every plain value there is a parameter, so a misspelt name that papermill injected is an unknown key here.
+    """
+    plain = bool | int | float | str | list | tuple | dict
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in _KERNEL_NAMES and (value is None or isinstance(value, plain))
+    }
+    return build(model, values, "notebook parameters")
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``lambda_iga=3`` as a name and a value, as papermill's ``-p`` reads it."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise ParameterError(f"{text!r}: an override is written NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,603 @@
+"""A run is a value, and training is a cached function of it.
+
+A ``Run`` says data set, net, method, schedule, seed, and which run (or published checkpoint) is its teacher and its
+starting point. ``run_key`` hashes exactly that: ancestors enter by their own key; a label, a path or a device does not
+enter. ``load_or_train`` answers from the store or trains:
+
+    runs/<key>/run.json                the record that rebuilds the net: the run, sha256 of the weights, versions, seconds
+    runs/<key>/model.safetensors       the weights
+    runs/<key>/history.csv             one row an epoch
+    runs/<key>/measures.json           what was measured on it, by readable name
+    runs/<key>/checkpoint.safetensors  an unfinished training after its last epoch
+
+Every file is written under a temporary name and renamed, so a kill at any moment leaves whole files; ``run.json`` comes
+last and marks the run as finished. A file lock on the key makes the second process that wants a run wait for the first.
+Weights whose hash does not fit are set aside under ``<key>.damaged-…`` and trained again. Nothing is ever unpickled.
+"""
+
+import csv
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from filelock import FileLock
+from torch import nn
+
+from kdiga_nb import __version__, paths
+from kdiga_nb.attacks import ATTACKS
+from kdiga_nb.data import load_data
+from kdiga_nb.methods import METHODS, Method
+from kdiga_nb.metrics import Measure
+from kdiga_nb.models import build_model
+from kdiga_nb.training import Callback, Schedule, TrainingState, computing, resolve_device, train
+
+log = logging.getLogger("kdiga")
+
+# Raised whenever a change of the code changes what a run gives; it enters every key, so old results are not mixed in.
+RESULTS_VERSION = 1
+FORMATS = ("state_dict", "safetensors")
+
+
+class StoreError(RuntimeError):
+    """The run store, or a checkpoint file, cannot be used; the message says why in one line."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights from outside the store, used as a teacher or as a starting point.
+
+    Attributes:
+        path: a local file.
+        sha256: of the file; checked when given.
+        format: ``state_dict`` (a torch file, loaded with ``weights_only``) or ``safetensors``.
+        model: the name of the net in ``models.MODELS`` and, joined by a colon, the data set whose image shape and
+            classes it was built for, as in ``digits_wide:digits``.
+    """
+
+    path: str
+    sha256: str | None = None
+    format: str = "state_dict"
+    model: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training as a value: all that changes its result, and nothing else.
+
+    Attributes:
+        teacher: what the method distils from.
+        init: where the weights start (None: fresh weights drawn with ``seed``).
+        head_dropout: probability of dropping a feature before the last layer while this run trains.
+    """
+
+    dataset: str
+    model: str
+    method: Method
+    schedule: Schedule
+    seed: int = 0
+    head_dropout: float = 0.0
+    teacher: "Run | Checkpoint | None" = None
+    init: "Run | Checkpoint | None" = None
+
+
+Source = Run | Checkpoint
+_NAMES = {cls: name for name, cls in (METHODS | ATTACKS).items()}
+
+
+def describe(value: Any) -> Any:
+    """A run, method, attack, schedule or measure as plain JSON; ancestors stand by their key."""
+    if is_dataclass(value) and not isinstance(value, type):
+        name = _NAMES.get(type(value), type(value).__name__)  # pyright: ignore[reportArgumentType]
+        body = {item.name: _nested(getattr(value, item.name)) for item in fields(value)}
+        return {"type": name} | body
+    return _nested(value)
+
+
+def _nested(value: Any) -> Any:
+    if isinstance(value, Run | Checkpoint):
+        return run_key(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return describe(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+@lru_cache(maxsize=None)
+def run_key(run: Source) -> str:
+    """A hash of everything that changes the run's result, 16 hexadecimal digits.
+
+    A checkpoint enters by its content where the sha256 is given, else by its path.
+    """
+    if isinstance(run, Checkpoint):
+        identity: Any = {"checkpoint": run.sha256 or run.path, "format": run.format, "model": run.model}
+    else:
+        identity = describe(run) | {"results_version": RESULTS_VERSION}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def folder(run: Run) -> Path:
+    """The run's folder in the store; it need not exist."""
+    return paths.runs() / run_key(run)
+
+
+def ancestors(runs: Iterable[Run]) -> list[Run]:
+    """The runs with everything they stand on, each once, teachers and starting points before those that use them."""
+    ordered: dict[Run, None] = {}
+
+    def visit(source: Source | None) -> None:
+        if isinstance(source, Run) and source not in ordered:
+            visit(source.teacher)
+            visit(source.init)
+            ordered[source] = None
+
+    for run in runs:
+        visit(run)
+    return list(ordered)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the store holds the run's result (its hash is checked when it is loaded)."""
+    return (folder(run) / "run.json").exists()
+
+
+def load_or_train(
+    run: Source, *, device: str | torch.device | None = None, callbacks: Sequence[Callback] = ()
+) -> nn.Module:
+    """The run's net, from the store or freshly trained: eval mode, head dropout off.
+
+    Args:
+        run: a ``Run``, or a ``Checkpoint`` whose file is loaded.
+        callbacks: see ``training.train``; not called when the store has the run.
+
+    Raises:
+        StoreError: the store cannot be written, or a checkpoint cannot be used.
+        TrainingError: a term of the loss is not finite.
+    """
+    where = resolve_device(device)
+    if isinstance(run, Checkpoint):
+        return _load_checkpoint(run).to(where).eval()
+    if not is_finished(run) or _set_aside_if_damaged(run):
+        _train_once(run, where, callbacks)
+    return _load(run).to(where).eval()
+
+
+def history(run: Run) -> list[dict[str, float]]:
+    """The finished run's training curve, one row an epoch."""
+    with (folder(run) / "history.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def measure(run: Run, measure: Measure, *, reference: Source | None = None, device: str | None = None) -> dict[str, Any]:
+    """What ``measure`` gives on the run, from the store or measured now; ``reference`` is the net it is compared to."""
+    name = measure_name(measure, reference)
+    cached = _measures(run).get(name)
+    if cached is not None:
+        return cached
+    model = load_or_train(run, device=device)
+    other = None if reference is None else load_or_train(reference, device=device)
+    partial = folder(run) / f"partial-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+    data = load_data(run.dataset)
+    started = time.perf_counter()
+    with _lock(run), computing(data.image_shape):
+        cached = _measures(run).get(name)
+        if cached is not None:
+            return cached
+        result = measure(model, data, reference=other, state=partial)
+        result["seconds"] = round(time.perf_counter() - started, 3)
+        _write_json(folder(run) / "measures.json", _measures(run) | {name: result})
+        partial.unlink(missing_ok=True)
+    return result
+
+
+def measured(run: Run, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
+    """What the store has of a measurement; None if it was not taken."""
+    return _measures(run).get(measure_name(measure, reference))
+
+
+def measure_name(measure: Measure, reference: Source | None = None) -> str:
+    """The readable name under which a measurement is stored."""
+    name = json.dumps(describe(measure), sort_keys=True)
+    return name if reference is None else f"{name} against {run_key(reference)}"
+
+
+# ---- the store's files ----
+
+
+def _lock(run: Run) -> FileLock:
+    """The run's lock. The operating system drops it when its process dies, however it dies."""
+    try:
+        paths.runs().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(paths.runs() / f"{run_key(run)}.lock")
+        with lock:
+            pass
+    except OSError as error:
+        raise StoreError(f"the runs folder {paths.runs()} cannot be written: {error.strerror or error}") from error
+    return lock
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the whole new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{path.parent.name}/{path.name} cannot be written: {reason}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
+
+
+def _measures(run: Run) -> dict[str, Any]:
+    try:
+        return json.loads((folder(run) / "measures.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log.warning("run %s: measures.json is damaged; measuring again", run_key(run))
+        return {}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _set_aside_if_damaged(run: Run) -> bool:
+    """Move a finished run whose files do not fit its record out of the way; True if that happened."""
+    home = folder(run)
+    try:
+        record = json.loads((home / "run.json").read_text())
+        if record["sha256"] == _digest(home / "model.safetensors") and (home / "history.csv").exists():
+            return False
+        reason = "the weights do not match their sha256"
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    with _lock(run):
+        if not home.exists():
+            return True
+        aside = home.with_name(f"{home.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        home.rename(aside)
+    log.warning("run %s is damaged (%s); set aside as %s and trained again", home.name, reason, aside.name)
+    return True
+
+
+def _fresh(run: Run) -> nn.Module:
+    data = load_data(run.dataset)
+    with torch.random.fork_rng():
+        torch.manual_seed(run.seed)
+        return build_model(
+            run.model, num_classes=data.num_classes, image_shape=data.image_shape, head_dropout=run.head_dropout
+        )
+
+
+def _load(run: Run) -> nn.Module:
+    model = _fresh(run)
+    model.load_state_dict(safetensors.torch.load_file(folder(run) / "model.safetensors"))
+    return model
+
+
+def _load_checkpoint(checkpoint: Checkpoint) -> nn.Module:
+    path = Path(checkpoint.path)
+    if not path.is_file():
+        raise StoreError(f"checkpoint {path}: there is no such file")
+    if checkpoint.sha256 is not None and _digest(path) != checkpoint.sha256:
+        raise StoreError(f"checkpoint {path}: its sha256 is {_digest(path)}, not {checkpoint.sha256}")
+    name, _, dataset = (checkpoint.model or "").partition(":")
+    if not dataset:
+        raise StoreError(f"checkpoint {path}: model must name a net and a data set, as in digits_wide:digits")
+    try:
+        if checkpoint.format == "safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can fail in any way; none of them is worth a traceback
+        raise StoreError(f"checkpoint {path}: not a {checkpoint.format} file ({error})".splitlines()[0]) from error
+    data = load_data(dataset)
+    model = build_model(name, num_classes=data.num_classes, image_shape=data.image_shape)
+    wanted = model.state_dict()
+    for key in [*wanted, *state]:
+        if key not in state or key not in wanted:
+            raise StoreError(f"checkpoint {path}: {key} is {'missing' if key in wanted else 'not part'} of {name}")
+        if state[key].shape != wanted[key].shape:
+            shapes = f"{tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
+            raise StoreError(f"checkpoint {path}: {key} has shape {shapes}")
+    model.load_state_dict(state)
+    return model
+
+
+def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -> None:
+    """Train under the run's lock, unless another process has done so while we waited."""
+    teacher = None if run.teacher is None else load_or_train(run.teacher, device=device)
+    with _lock(run):
+        if is_finished(run):
+            return
+        home = folder(run)
+        student = _fresh(run)
+        if run.init is not None:
+            student.load_state_dict(load_or_train(run.init, device="cpu").state_dict())
+        data = load_data(run.dataset)
+        started = time.perf_counter()
+        resume = _load_training(run)
+        before = resume[1]["seconds"] if resume else 0.0
+
+        def save(state: TrainingState) -> None:
+            if state.epoch < state.epochs:
+                seconds = before + time.perf_counter() - started
+                record = state.record() | {"seconds": seconds, "run": describe(run)}
+                metadata = {"record": json.dumps(record)}
+                tensors = state.tensors()
+                path = home / "checkpoint.safetensors"
+                _replace(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
+
+        curve = train(
+            student,
+            run.method,
+            data,
+            run.schedule,
+            teacher=teacher,
+            seed=run.seed,
+            device=device,
+            callbacks=[save, *callbacks],
+            resume=resume,
+        )
+        weights = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
+        _replace(home / "model.safetensors", lambda partial: safetensors.torch.save_file(weights, partial))
+        _replace(home / "history.csv", lambda partial: _write_history(partial, curve.rows))
+        record = {
+            "key": run_key(run),
+            "run": describe(run),
+            "sha256": _digest(home / "model.safetensors"),
+            "selected_epoch": curve.selected_epoch,
+            "parameters": sum(parameter.numel() for parameter in student.parameters()),
+            "seconds": round(before + time.perf_counter() - started, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "environment": environment(device),
+        }
+        _write_json(home / "run.json", record)
+        (home / "checkpoint.safetensors").unlink(missing_ok=True)
+
+
+def _load_training(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    path = folder(run) / "checkpoint.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["record"])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 (no mapping)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("run %s: its checkpoint cannot be read (%s); training from the start", run_key(run), error)
+        return None
+
+
+def _write_history(path: Path, rows: list[dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def environment(device: torch.device | None = None) -> dict[str, str]:
+    """Versions and hardware, for the record."""
+    where = device or resolve_device()
+    gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
+    return {
+        "kdiga_nb": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+    }
+
+
+# ---- many runs ----
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work of the run graph: a training, or a measurement on a trained run."""
+
+    run: Run
+    measure: Measure | None = None
+    reference: Run | Checkpoint | None = None
+
+    def is_done(self) -> bool:
+        """Whether the store already has the result."""
+        if self.measure is None:
+            return is_finished(self.run)
+        return measured(self.run, self.measure, reference=self.reference) is not None
+
+    def needs(self) -> list[Run]:
+        """The runs that must be finished before."""
+        if self.measure is None:
+            return [source for source in (self.run.teacher, self.run.init) if isinstance(source, Run)]
+        return [self.run] + ([self.reference] if isinstance(self.reference, Run) else [])
+
+
+@dataclass
+class Outcome:
+    """What became of a list of jobs: how many were made and found, and the reason of each that failed."""
+
+    made: int = 0
+    cached: int = 0
+    failed: dict[Job, str] = field(default_factory=dict)
+
+
+def do(job: Job, device: str | None = None, callbacks: Sequence[Callback] = ()) -> None:
+    """Do one job in this process; its result goes to the store."""
+    if job.measure is None:
+        load_or_train(job.run, device=device, callbacks=callbacks)
+    else:
+        measure(job.run, job.measure, reference=job.reference, device=device)
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def run_all(
+    jobs: Iterable[Job],
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Do the jobs and everything they stand on, independent ones at the same time.
+
+    A job that fails takes those that stand on it with it, and no others.
+
+    Args:
+        workers: local processes (default: one a core); 1 works in this process.
+        executor: where to send jobs instead (any ``concurrent.futures`` executor).
+        progress: called every second or so with (jobs done, jobs to do, what is being done).
+    """
+    wanted = list(jobs)
+    graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
+    graph += [job for job in dict.fromkeys(wanted) if job.measure is not None]
+    todo = [job for job in graph if not job.is_done()]
+    outcome = Outcome(cached=len(graph) - len(todo))
+    if not todo:
+        return outcome
+    workers = workers or os.cpu_count() or 1
+    if executor is not None:
+        _schedule(todo, executor, device, outcome, progress)
+    elif workers == 1 or len(todo) == 1:
+        _in_turn(todo, device, outcome, progress)
+    else:
+        # spawn: a forked child would inherit torch's threads in whatever state they are.
+        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+            _schedule(todo, pool, device, outcome, progress)
+    return outcome
+
+
+def _blocked(job: Job, outcome: Outcome) -> str | None:
+    failed_runs = {failed.run for failed in outcome.failed if failed.measure is None}
+    return next((f"needs {run_key(run)}, which failed" for run in job.needs() if run in failed_runs), None)
+
+
+def _note(job: Job, error: BaseException | None, outcome: Outcome, progress: Progress | None, total: int) -> None:
+    if error is None:
+        outcome.made += 1
+    else:
+        outcome.failed[job] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.error("%s failed: %s", title(job), outcome.failed[job])
+    if progress is not None:
+        progress(outcome.made + len(outcome.failed), total, title(job))
+
+
+def _in_turn(todo: list[Job], device: str | None, outcome: Outcome, progress: Progress | None) -> None:
+    for job in todo:
+        reason = _blocked(job, outcome)
+        error: Exception | None = StoreError(reason) if reason else None
+        if error is None:
+            try:
+                do(job, device, [_report_epochs(job, outcome, progress, len(todo))])
+            except Exception as raised:  # reported by name at the end; the other jobs go on
+                error = raised
+        _note(job, error, outcome, progress, len(todo))
+
+
+def _schedule(
+    todo: list[Job], executor: Executor, device: str | None, outcome: Outcome, progress: Progress | None
+) -> None:
+    """Keep the executor fed with jobs whose needs are met; long measurements wait behind trainings that unlock others."""
+    waiting = list(todo)
+    running: dict[Future[None], Job] = {}
+    while waiting or running:
+        open_runs = {job.run for job in [*waiting, *running.values()] if job.measure is None}
+        for job in list(waiting):
+            if reason := _blocked(job, outcome):
+                waiting.remove(job)
+                _note(job, StoreError(reason), outcome, progress, len(todo))
+            elif not any(run in open_runs for run in job.needs()):
+                waiting.remove(job)
+                running[executor.submit(do, job, device)] = job
+        if running:
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                _note(running.pop(future), future.exception(), outcome, progress, len(todo))
+            if progress is not None:
+                now = [text for job in running.values() if (text := _underway(job)) is not None]
+                progress(outcome.made + len(outcome.failed), len(todo), "; ".join(now))
+
+
+def _report_epochs(job: Job, outcome: Outcome, progress: Progress | None, total: int) -> Callback:
+    def report(state: TrainingState) -> None:
+        if progress is not None:
+            done = outcome.made + len(outcome.failed)
+            progress(done, total, f"{title(job)}, epoch {state.epoch}/{state.epochs}")
+
+    return report
+
+
+def _underway(job: Job) -> str | None:
+    """What a job in another process is at, read from the store; None if it has not begun to write."""
+    if job.measure is not None:
+        return None
+    epoch = epochs_done(job.run)
+    return f"{title(job)}, epoch {epoch}/{job.run.schedule.epochs}" if epoch else None
+
+
+def epochs_done(run: Run) -> int:
+    """How many epochs of an unfinished run are in its checkpoint."""
+    record = _unfinished(folder(run))
+    return 0 if record is None else int(record["epoch"])
+
+
+def title(job: Job) -> str:
+    """A job in a few words, for progress lines."""
+    run = job.run
+    name = f"{_NAMES[type(run.method)]} {run.model} on {run.dataset}, seed {run.seed}"
+    return f"train {name}" if job.measure is None else f"measure {name}"
+
+
+def list_store() -> list[dict[str, Any]]:
+    """What the store holds, newest first: key, state (finished, epoch e of E, damaged), what it is, epochs, seconds."""
+    entries = []
+    for home in sorted(paths.runs().glob("*/"), key=lambda path: -path.stat().st_mtime):
+        try:
+            record = json.loads((home / "run.json").read_text())
+            run = record["run"]
+            state, epochs, seconds = "finished", run["schedule"]["epochs"], record["seconds"]
+        except FileNotFoundError:
+            record = _unfinished(home)
+            if record is None:
+                continue
+            run, epochs, seconds = record["run"], record["epoch"], round(record["seconds"], 1)
+            state = f"epoch {record['epoch']} of {run['schedule']['epochs']}"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            entries.append({"key": home.name, "state": f"damaged ({error})", "what": "", "epochs": 0, "seconds": 0})
+            continue
+        if ".damaged-" in home.name:
+            state = "set aside as damaged"
+        what = f"{run['method']['type']} {run['model']} on {run['dataset']}, seed {run['seed']}"
+        entries.append({"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds, "run": run})
+    return entries
+
+
+def _unfinished(home: Path) -> dict[str, Any] | None:
+    try:
+        with safetensors.safe_open(home / "checkpoint.safetensors", framework="pt") as file:
+            return json.loads(file.metadata()["record"])
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        return None
