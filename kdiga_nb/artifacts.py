@@ -46,7 +46,7 @@ PerSeed = tuple[Run, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: ``key`` of what each job (one a seed) measures, and whether it counts images in per cent."""
+    """One number of a table: ``key`` of what each job measures; the jobs are one a seed."""
 
     metric: str
     jobs: tuple[Job, ...]
@@ -117,7 +117,9 @@ class Experiment:
 # ---- what the rows are made of ----
 
 
-def _schedule(params: Params, epochs: int | None = None, **changes: Any) -> Schedule:
+def _schedule(
+    params: Params, epochs: int | None = None, *, learning_rate: float | None = None, trainable: str = "all"
+) -> Schedule:
     epochs = epochs or params.epochs
     return Schedule(
         epochs=epochs,
@@ -130,14 +132,15 @@ def _schedule(params: Params, epochs: int | None = None, **changes: Any) -> Sche
         augment=params.augment,
         selection="best_on_test" if params.preset == "author_code" else params.selection,
         selection_epsilon=params.epsilon,
-        **({"learning_rate": params.learning_rate} | changes),
+        learning_rate=learning_rate or params.learning_rate,
+        trainable=trainable,
     )
 
 
 def _method(params: Params, method: type[Method], **fields: Any) -> Method:
     """A distillation method with the weights, temperature and switches of the parameters."""
     known = method.__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
-    shared = {
+    shared: dict[str, Any] = {
         "lambda_ce": params.lambda_ce,
         "lambda_kl": params.lambda_kl,
         "lambda_iga": params.lambda_iga,
@@ -241,9 +244,7 @@ def _with_epochs(chain: list[Run], params: IsdParams, method: Method | None = No
     for run in chain[1:]:
         schedule = replace(_schedule(params, params.isd_epochs), learning_rate=run.schedule.learning_rate)
         previous = changed[-1]
-        changed.append(
-            replace(run, schedule=schedule, method=method or run.method, teacher=previous, init=previous)
-        )
+        changed.append(replace(run, schedule=schedule, method=method or run.method, teacher=previous, init=previous))
     return changed
 
 
@@ -379,7 +380,11 @@ def table5(params: Table5Params) -> Experiment:
 
 
 def _vit_schedule(params: Table2Params) -> Schedule:
-    return _schedule(params, params.vit_epochs, learning_rate=params.vit_learning_rate)
+    return _for_vit(params, _schedule(params, params.vit_epochs, learning_rate=params.vit_learning_rate))
+
+
+def _for_vit(params: Table2Params, schedule: Schedule) -> Schedule:
+    return replace(schedule, optimizer=params.vit_optimizer, weight_decay=params.vit_weight_decay)
 
 
 def _table2_runs(params: Table2Params) -> dict[str, tuple[str, PerSeed, PerSeed]]:
@@ -389,11 +394,13 @@ def _table2_runs(params: Table2Params) -> dict[str, tuple[str, PerSeed, PerSeed]
     robust = _pgd_at(params)
     kd, kdiga = _method(params, KD), _method(params, KDIGA)
     finetune = _schedule(params, params.finetune_epochs, learning_rate=params.finetune_learning_rate)
+    finetune = _for_vit(params, finetune)
 
     def students(method: Method, teacher: PerSeed, model: str) -> PerSeed:
         return _runs(params, method, model, teacher=teacher)
 
-    tuned = _runs(params, kdiga, params.vit, schedule=finetune, teacher=robust, init=vit)
+    vit_kdiga = _method(params, KDIGA, lambda_iga=params.vit_lambda_iga)
+    tuned = _runs(params, vit_kdiga, params.vit, schedule=finetune, teacher=robust, init=vit)
     return {
         "st_resnet18": (f"{small} (ST)", _standard(params), ()),
         "st_vit_s16": (f"{params.vit} (ST)", vit, ()),

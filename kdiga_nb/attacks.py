@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +95,14 @@ class SignAscent:
     """What FGSM and PGD share: start, step and projection."""
 
     epsilon: float
-    step_size: float
     steps: int
     random_start: bool
     restarts: int
+
+    @property
+    def length(self) -> float:
+        """Of one step, in pixel units."""
+        return getattr(self, "step_size", self.epsilon)
 
     def start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Where the ascent begins: x, or a uniform draw from its ball."""
@@ -110,10 +114,10 @@ class SignAscent:
 
     def step(self, x_adv: Tensor, gradient: Tensor, x: Tensor) -> Tensor:
         """One projected step from x_adv along the sign of a gradient."""
-        return (x_adv + self.step_size * gradient.sign()).clamp_(*ball(x, self.epsilon)).detach()
+        return (x_adv + self.length * gradient.sign()).clamp_(*ball(x, self.epsilon)).detach()
 
     def perturb(self, objective: Objective, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Raise ``objective``, images (B, C, H, W) -> values (B,), inside the ball round x: one restart, last iterate."""
+        """Raise ``objective``, images (B, C, H, W) -> (B,), inside the ball round x: one start, the last iterate."""
         x = x.detach()
         lower, upper = ball(x, self.epsilon)
         x_adv = self.start(x, generator=generator)
@@ -121,7 +125,7 @@ class SignAscent:
             for _ in range(self.steps):
                 x_adv.requires_grad_()
                 (gradient,) = torch.autograd.grad(objective(x_adv).sum(), x_adv)
-                x_adv = x_adv.detach().add_(gradient.sign_(), alpha=self.step_size).clamp_(lower, upper)
+                x_adv = x_adv.detach().add_(gradient.sign_(), alpha=self.length).clamp_(lower, upper)
         return x_adv.detach()
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -140,7 +144,9 @@ class SignAscent:
                 if not len(left):
                     break
                 labels = y[left]
-                again = self.perturb(lambda images, k=labels: cross_entropy(model(images), k), x[left], generator=generator)
+                again = self.perturb(
+                    lambda images, k=labels: cross_entropy(model(images), k), x[left], generator=generator
+                )
                 with torch.no_grad():
                     fresh = model(again)
                     fooled = fresh.argmax(1) != labels
@@ -176,16 +182,12 @@ class FGSM(SignAscent):
     """The fast gradient sign method: one step as long as the radius, from the image itself."""
 
     epsilon: float
-    steps: ClassVar[int] = 1
-    random_start: ClassVar[bool] = False
-    restarts: ClassVar[int] = 1
+    steps: int = field(default=1, init=False)
+    random_start: bool = field(default=False, init=False)
+    restarts: int = field(default=1, init=False)
 
     def __post_init__(self) -> None:
         _check_epsilon(self.epsilon)
-
-    @property
-    def step_size(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.epsilon
 
 
 @dataclass
@@ -242,6 +244,7 @@ class AutoAttack:
             found: images (B, C, H, W) that are overwritten where a member succeeds.
         """
         check_inputs(model, x, y)
+        x = x.detach()
         report = _restore(state, len(x), x.device)
         with frozen(model):
             if not report.survivors:
@@ -261,7 +264,7 @@ class AutoAttack:
                     survivors[index[fooled]] = False
                     if found is not None:
                         found[index[fooled]] = adversarial[fooled]
-                    report.flags += [flag for flag in flags if flag not in report.flags]
+                    report.flags += [flag for flag in dict.fromkeys(flags) if flag not in report.flags]
                 report.survivors[member] = survivors
                 _save(state, report)
         _flag_square(report)
@@ -270,7 +273,10 @@ class AutoAttack:
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
         """One member through the library, its side effects contained: tracer, generators and logger as before."""
         import pyautoattack
+        from pyautoattack import checks
 
+        # The check for dynamic defences counts in a module-wide table that the library never clears.
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
         flags = _Flags()
         logger = logging.getLogger("auto-attack")
         tracer = sys.gettrace()
@@ -279,12 +285,15 @@ class AutoAttack:
         logger.addHandler(flags)
         try:
             with torch.random.fork_rng(devices):
+                attacks: Any = [member]
                 library = pyautoattack.AutoAttack(
-                    model, attacks=[member], version="custom", eps=self.epsilon, seed=self.seed, device=x.device
+                    model, attacks=attacks, version="custom", eps=self.epsilon, seed=self.seed, device=x.device
                 )
                 with torch.no_grad():
                     targets = min(9, model(x[:1]).shape[1] - 1)
                 library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
+                # As the library's own "standard" and "rand" set it; its custom version would restart five times.
+                library.apgd.n_restarts = 1
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"

@@ -136,7 +136,10 @@ def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> N
         if job.measure is None:
             parents = ", ".join(run_key(run) for run in job.needs()) or "nothing"
             typer.echo(f"  {run_key(job.run)}  {'cached' if job.is_done() else 'to do '}  {title(job)}, from {parents}")
-    for kind, chosen in (("trainings", [j for j in graph if not j.measure]), ("measurements", [j for j in graph if j.measure])):
+    for kind, chosen in (
+        ("trainings", [j for j in graph if not j.measure]),
+        ("measurements", [j for j in graph if j.measure]),
+    ):
         done = sum(job.is_done() for job in chosen)
         typer.echo(f"{len(chosen)} {kind}: {done} cached, {len(chosen) - done} to do")
 
@@ -156,7 +159,7 @@ def _train_and_measure(todo: list[Job], workers: int, experiments: dict[str, Exp
 
 
 def _run_notebooks(scale: str, names: list[str], overrides: dict[str, Any], workers: int) -> _Summary:
-    """Each notebook in a papermill process of its own; one that fails leaves its output and does not stop the others."""
+    """Each notebook in a papermill process of its own; one that fails leaves its output and stops no other."""
     home = paths.executed(scale)
     home.mkdir(parents=True, exist_ok=True)
     summary = _Summary([], {})

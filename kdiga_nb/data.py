@@ -105,7 +105,7 @@ def _digits(_root: Path | None) -> Data:
         train=Split(images[train], labels[train]),
         test=Split(images[test], labels[test]),
         num_classes=10,
-        validation_size=197,
+        validation_size=97,
         augmentation=Augmentation(padding=1),
     )
 

@@ -359,5 +359,3 @@ def effective_lambda_iga(method: Method, batch_size: int) -> float:
     """
     weight = getattr(method, "lambda_iga", 0.0)
     return weight * batch_size**-1.5 if getattr(method, "norm", "per_sample") == "batch" else weight
-
-

@@ -109,9 +109,7 @@ def measured_gap(
         return _largest(gap, x, epsilon, steps, None)
 
 
-def _largest(
-    gap: Callable[[Tensor], Tensor], x: Tensor, epsilon: float, steps: int, step_size: float | None
-) -> Tensor:
+def _largest(gap: Callable[[Tensor], Tensor], x: Tensor, epsilon: float, steps: int, step_size: float | None) -> Tensor:
     """Sign ascent on δ in the ball from a random start; the largest value of each example on the way."""
     step_size = epsilon / 10 if step_size is None else step_size
     generator = torch.Generator(x.device).manual_seed(EVALUATION_SEED)
@@ -244,8 +242,9 @@ class Bounds(Measure):
         x, y = _test_part(data, model, self.images)
         terms = bound_terms(model, reference, x, y, self.epsilon, "l1", steps=self.steps)
         gap = measured_gap(model, reference, x, y, self.epsilon, steps=self.steps)
-        g_student, _ = input_gradient(model, x, y)
-        g_teacher, _ = input_gradient(reference, x, y)
+        with frozen(model), frozen(reference):
+            g_student, _ = input_gradient(model, x, y)
+            g_teacher, _ = input_gradient(reference, x, y)
         l2 = torch.linalg.vector_norm((g_student - g_teacher).flatten(1), dim=1)
         half = local_linearity(model, x, y, self.epsilon / 2, steps=self.steps)
         means = {

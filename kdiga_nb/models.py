@@ -77,7 +77,7 @@ class DigitsViT(nn.Module):
             in_chans=channels,
             num_classes=0,
             embed_dim=48,
-            depth=3,
+            depth=2,
             num_heads=4,
             mlp_ratio=2,
         )

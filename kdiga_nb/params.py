@@ -20,10 +20,9 @@ from kdiga_nb.data import DATASETS
 from kdiga_nb.losses import NORMS
 from kdiga_nb.methods import PRESETS
 from kdiga_nb.models import MODELS
-from kdiga_nb.training import POLICIES, SELECTIONS, resolve_device
+from kdiga_nb.training import OPTIMIZERS, POLICIES, SELECTIONS, resolve_device
 
-
-P = TypeVar("P", bound="Params")
+P = TypeVar("P", bound=BaseModel)
 
 
 class ParameterError(ValueError):
@@ -89,12 +88,12 @@ class Params(BaseModel):
     # the loss
     lambda_ce: Weight = 0.5
     lambda_kl: Weight = 0.5
-    lambda_iga: Weight = 3.0
+    lambda_iga: Weight = 2.0
     iga_norm: Annotated[str, _one_of(("preset", *NORMS))] = "preset"
     temperature: Positive = 1.0
 
     # training
-    epochs: Count = 20
+    epochs: Count = 15
     batch_size: Count = 64
     learning_rate: Positive = 0.1
     policy: Annotated[str, _one_of(POLICIES)] = "one_cycle"
@@ -103,7 +102,7 @@ class Params(BaseModel):
     clip_norm: Weight = 1.0
     augment: bool = False
     selection: Annotated[str, _one_of(SELECTIONS)] = "last"
-    teacher_epochs: Count = 20
+    teacher_epochs: Count = 12
     train_epsilon: Radius = 0.12
     train_steps: Count = 5
     beta: Weight = 6.0
@@ -122,8 +121,8 @@ class IsdParams(Params):
     """Iterative self-distillation (Algorithms 2 and 3)."""
 
     loops: Count = 6
-    isd_epochs: Count = 20
-    lambda_isd: Weight = 100.0
+    isd_epochs: Count = 12
+    lambda_isd: Weight = 30.0
     learning_rate_decay: Positive = 1.0
     head_dropout: Probability = 0.5
 
@@ -157,7 +156,7 @@ class Table5Params(Params):
     """Table 5: KDIGA+FGSM."""
 
     fgsm_student: ModelName = "digits_medium"
-    fgsm_epochs: Count = 20
+    fgsm_epochs: Count = 15
 
 
 class Table2Params(Params):
@@ -166,10 +165,13 @@ class Table2Params(Params):
     student_medium: ModelName = "digits_medium"
     student_large: ModelName = "digits_large"
     vit: ModelName = "digits_vit"
-    vit_epochs: Count = 30
-    vit_learning_rate: Positive = 0.05
-    finetune_epochs: Count = 20
-    finetune_learning_rate: Positive = 0.05
+    vit_epochs: Count = 20
+    vit_learning_rate: Positive = 0.006
+    vit_optimizer: Annotated[str, _one_of(OPTIMIZERS)] = "adamw"
+    vit_weight_decay: Weight = 0.1
+    vit_lambda_iga: Weight = 3.0
+    finetune_epochs: Count = 15
+    finetune_learning_rate: Positive = 0.01
     radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1]
     pgd_steps: Count = 40
 
@@ -177,7 +179,22 @@ class Table2Params(Params):
 class Table6Params(Table2Params):
     """Table 6: the nets of Table 2 under AutoAttack at several radii."""
 
-    radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1, 0.15]
+    radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1]
+
+
+class WalkthroughParams(BaseModel):
+    """The walkthrough: nets of a few epochs, a few images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "digits"
+    dataset: DatasetName = "digits"
+    student: ModelName = "digits_small"
+    teacher: ModelName = "digits_wide"
+    epsilon: Radius = 0.1
+    images: Count = 8
+    epochs: Count = 3
+    device: Annotated[str, BeforeValidator(_device)] = "auto"
 
 
 def faults(error: ValidationError) -> list[str]:

@@ -14,7 +14,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 from kdiga_nb import paths
 from kdiga_nb.artifacts import Cell, Experiment, Row
 from kdiga_nb.metrics import proportion
-from kdiga_nb.runs import Outcome, environment, measured, run_all, run_key
+from kdiga_nb.runs import Outcome, ancestors, environment, measured, run_all, run_key, training_seconds
 
 COLUMNS = ["row", "label", "metric", "value", "low", "high", "n", "seeds", "reported", "runs"]
 INTERVAL = (
@@ -130,6 +129,16 @@ def value(table: pd.DataFrame, row: str, metric: str) -> float:
     return float(found.iloc[0]) if len(found) else math.nan
 
 
+def best(table: pd.DataFrame, rows: Sequence[str], metric: str) -> str:
+    """The row of highest value among ``rows``."""
+    return max(rows, key=lambda row: value(table, row, metric))
+
+
+def claim(text: str, holds: bool) -> None:
+    """Print a claim and whether the numbers bear it out: what the notebooks' tests compare."""
+    print(f"{'holds' if holds else 'does not hold'}: {text}")
+
+
 def flags(experiment: Experiment) -> pd.DataFrame:
     """What AutoAttack found suspicious, and the accuracy left after each of its members: one line an evaluation."""
     lines = []
@@ -140,7 +149,9 @@ def flags(experiment: Experiment) -> pd.DataFrame:
                 if result is not None and "members" in result:
                     members = {name: f"{percent:.1f}" for name, percent in result["members"].items()}
                     warned = "; ".join(result["flags"]) or "none"
-                    lines.append({"row": row.id, "metric": cell.metric, "seed": job.run.seed} | members | {"flags": warned})
+                    lines.append(
+                        {"row": row.id, "metric": cell.metric, "seed": job.run.seed} | members | {"flags": warned}
+                    )
     return pd.DataFrame(lines)
 
 
@@ -181,9 +192,14 @@ def _number(entry: Any, digits: int) -> str:
 
 def _axes(width: float = 7.0, height: float = 4.6) -> tuple[Figure, Axes]:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    _plain_axes(axes)
     return figure, axes
+
+
+def _plain_axes(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _whiskers(entry: Any) -> tuple[list[float], list[float]]:
@@ -196,31 +212,35 @@ def short(label: str) -> str:
     return parts[1] if len(parts) > 2 else parts[-1]
 
 
-def plot_plane(table: pd.DataFrame, robust: str, title: str) -> Figure:
-    """Clean against robust accuracy, a point a row with its 95 % cross (Figure 1)."""
-    figure, axes = _axes(7.6, 5.4)
+def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure:
+    """Clean against robust accuracy, a point a row with its 95 % cross, one panel a robust metric (Figure 1)."""
+    figure, panels = plt.subplots(
+        1, len(robust), figsize=(4.2 * len(robust) + 2.6, 4.6), layout="constrained", sharey=True, squeeze=False
+    )
     markers = "osD^vP*XphH<>8d"
-    rows = list(dict.fromkeys(table["row"]))
-    for index, row in enumerate(rows):
-        part = table[table["row"] == row].set_index("metric")
-        if not {"clean", robust} <= set(part.index) or part.loc[["clean", robust], "value"].isna().any():
-            continue
-        x, y = part.loc["clean"], part.loc[robust]
-        axes.errorbar(
-            x["value"],
-            y["value"],
-            xerr=_whiskers(x),
-            yerr=_whiskers(y),
-            fmt=markers[index % len(markers)],
-            color=PALETTE[index % len(PALETTE)],
-            markersize=7,
-            linewidth=0.8,
-            label=short(str(part["label"].iloc[0])),
-        )
-    axes.set_xlabel("clean accuracy (%)")
-    axes.set_ylabel(f"robust accuracy under {_pretty(robust)} (%)")
-    axes.set_title(title)
-    axes.legend(fontsize=8, ncols=1, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    handles: dict[str, Any] = {}
+    for axes, metric in zip(panels[0], robust, strict=True):
+        _plain_axes(axes)
+        for index, row in enumerate(dict.fromkeys(table["row"])):
+            part = table[table["row"] == row].set_index("metric")
+            if not {"clean", metric} <= set(part.index) or part.loc[["clean", metric], "value"].isna().any():
+                continue
+            x, y = part.loc["clean"], part.loc[metric]
+            handles[short(str(part["label"].iloc[0]))] = axes.errorbar(
+                x["value"],
+                y["value"],
+                xerr=_whiskers(x),
+                yerr=_whiskers(y),
+                fmt=markers[index % len(markers)],
+                color=PALETTE[index % len(PALETTE)],
+                markersize=7,
+                linewidth=0.8,
+            )
+        axes.set_xlabel("clean accuracy (%)")
+        axes.set_title(f"{_pretty(metric)}", fontsize=10)
+    panels[0][0].set_ylabel("robust accuracy (%)")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle(title)
     return figure
 
 
@@ -249,7 +269,7 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
     axes.invert_yaxis()
     axes.set_xlabel(ylabel)
     axes.set_title(title)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(metrics))]
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(metrics))]
     names = [_pretty(metric) for metric in metrics]
     if table["reported"].notna().any():
         handles.append(plt.Line2D([], [], marker="D", color="white", markeredgecolor="black", markersize=5))
@@ -260,23 +280,29 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
 
 def plot_loops(table: pd.DataFrame, series: dict[str, Sequence[str]], metrics: Sequence[str], title: str) -> Figure:
     """Accuracy loop by loop: one panel a metric, one line a series of row ids; dashed where the paper reports it."""
-    figure, panels = plt.subplots(1, len(metrics), figsize=(4.0 * len(metrics), 3.8), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(4.0 * len(metrics), 3.8), layout="constrained", squeeze=False
+    )
     for axes, metric in zip(panels[0], metrics, strict=True):
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        _plain_axes(axes)
         for index, (name, rows) in enumerate(series.items()):
             part = table[(table["metric"] == metric) & table["row"].isin(rows)].set_index("row")
-            points = [(loop, part.loc[row]) for loop, row in enumerate(rows) if row in part.index]
-            drawn = [(loop, entry) for loop, entry in points if not pd.isna(entry["value"])]
+            points: list[tuple[int, Any]] = [
+                (loop, part.loc[row]) for loop, row in enumerate(rows) if row in part.index
+            ]
+            drawn = [(loop, entry) for loop, entry in points if not math.isnan(float(entry["value"]))]
             color = PALETTE[index]
             if drawn:
                 errors = np.hstack([np.array(_whiskers(entry)) for _, entry in drawn])
                 loops = [loop for loop, _ in drawn]
                 values = [entry["value"] for _, entry in drawn]
                 axes.errorbar(loops, values, yerr=errors, marker="o", color=color, capsize=2, label=f"{name}, ours")
-            paper = [(loop, entry["reported"]) for loop, entry in points if not pd.isna(entry["reported"])]
+            reports = [(loop, float(entry["reported"])) for loop, entry in points]
+            paper = [(loop, number) for loop, number in reports if not math.isnan(number)]
             if paper:
-                axes.plot(*zip(*paper, strict=True), "--D", color=color, markersize=4, alpha=0.6, label=f"{name}, paper")
+                axes.plot(
+                    *zip(*paper, strict=True), "--D", color=color, markersize=4, alpha=0.6, label=f"{name}, paper"
+                )
         axes.set_xlabel("loop (0: standard training)")
         axes.set_ylabel(f"{_pretty(metric)} accuracy (%)")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -357,22 +383,29 @@ def _pretty(metric: str) -> str:
 # ---- files ----
 
 
-def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, *, seconds: float | None = None) -> Path:
-    """Write ``<artefact>.csv``, ``.png``, ``.svg`` and ``.json`` (provenance) to the scale's figures folder."""
+def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Figure) -> None:
+    """Write ``<artefact>.csv``, ``.png``, ``.svg`` and ``.json`` (provenance) to the scale's figures folder.
+
+    Further figures go beside it as ``<artefact>_<name>.png`` and ``.svg``.
+    """
     home = paths.figures(experiment.params.scale)
     home.mkdir(parents=True, exist_ok=True)
-    stem = home / experiment.name
-    table.to_csv(stem.with_suffix(".csv"), index=False, float_format="%.6g")
-    figure.savefig(stem.with_suffix(".png"), dpi=150)
-    # Fixed ids and no date: the same figure gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": experiment.name}):
-        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
-    stem.with_suffix(".json").write_text(json.dumps(provenance(experiment, seconds), indent=1, ensure_ascii=False) + "\n")
-    return home
+    table.to_csv(home / f"{experiment.name}.csv", index=False, float_format="%.6g")
+    for name, drawn in {experiment.name: figure, **{f"{experiment.name}_{k}": v for k, v in more.items()}}.items():
+        drawn.savefig(home / f"{name}.png", dpi=150)
+        # Fixed ids and no date: the same figure gives the same file.
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            drawn.savefig(home / f"{name}.svg", metadata={"Date": None})
+    record = json.dumps(provenance(experiment), indent=1, ensure_ascii=False)
+    (home / f"{experiment.name}.json").write_text(record + "\n")
 
 
-def provenance(experiment: Experiment, seconds: float | None = None) -> dict[str, Any]:
-    """Where an artefact comes from: commit, versions, hardware, parameters, seconds, run keys, notes."""
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Where an artefact comes from: commit, versions, hardware, parameters, seconds of computing, run keys, notes."""
+    jobs = [job for job in experiment.jobs() if job.measure is not None]
+    results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
+    trained = [seconds for run in ancestors(job.run for job in jobs) if (seconds := training_seconds(run)) is not None]
+    measuring = [float(result["seconds"]) for result in results if result is not None]
     libraries = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pyautoattack", "papermill", "matplotlib")
     return {
         "artefact": experiment.name,
@@ -383,7 +416,7 @@ def provenance(experiment: Experiment, seconds: float | None = None) -> dict[str
         "hardware": environment()["device"],
         "threads": torch.get_num_threads(),
         "parameters": experiment.params.model_dump(),
-        "seconds": None if seconds is None else round(seconds, 1),
+        "seconds": {"training": round(sum(trained), 1), "measuring": round(sum(measuring), 1)},
         "interval": INTERVAL,
         "runs": {row.id: [run_key(run) for run in row.runs] for row in experiment.rows},
         "notes": {row.id: row.note for row in experiment.rows if row.note},
@@ -395,7 +428,9 @@ def commit() -> str:
     try:
         git = ["git", "-C", str(paths.ROOT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "kdiga_nb"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "kdiga_nb"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed.stdout.strip() else "")

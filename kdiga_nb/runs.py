@@ -4,7 +4,7 @@ A ``Run`` says data set, net, method, schedule, seed, and which run (or publishe
 starting point. ``run_key`` hashes exactly that: ancestors enter by their own key; a label, a path or a device does not
 enter. ``load_or_train`` answers from the store or trains:
 
-    runs/<key>/run.json                the record that rebuilds the net: the run, sha256 of the weights, versions, seconds
+    runs/<key>/run.json                the record: the run, sha256 of the weights, versions, seconds
     runs/<key>/model.safetensors       the weights
     runs/<key>/history.csv             one row an epoch
     runs/<key>/measures.json           what was measured on it, by readable name
@@ -19,13 +19,16 @@ import csv
 import hashlib
 import json
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -98,14 +101,14 @@ class Run:
 
 
 Source = Run | Checkpoint
-_NAMES = {cls: name for name, cls in (METHODS | ATTACKS).items()}
+_NAMES: dict[type, str] = {cls: name for name, cls in [*METHODS.items(), *ATTACKS.items()]}
 
 
 def describe(value: Any) -> Any:
     """A run, method, attack, schedule or measure as plain JSON; ancestors stand by their key."""
     if is_dataclass(value) and not isinstance(value, type):
-        name = _NAMES.get(type(value), type(value).__name__)  # pyright: ignore[reportArgumentType]
-        body = {item.name: _nested(getattr(value, item.name)) for item in fields(value)}
+        name = _NAMES.get(type(value), type(value).__name__)
+        body = {item.name: _nested(getattr(value, item.name)) for item in fields(value) if item.init}
         return {"type": name} | body
     return _nested(value)
 
@@ -118,7 +121,7 @@ def _nested(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-@lru_cache(maxsize=None)
+@cache
 def run_key(run: Source) -> str:
     """A hash of everything that changes the run's result, 16 hexadecimal digits.
 
@@ -177,13 +180,23 @@ def load_or_train(
     return _load(run).to(where).eval()
 
 
+def training_seconds(run: Run) -> float | None:
+    """How long the finished run trained; None if it is not finished."""
+    try:
+        return float(json.loads((folder(run) / "run.json").read_text())["seconds"])
+    except FileNotFoundError:
+        return None
+
+
 def history(run: Run) -> list[dict[str, float]]:
     """The finished run's training curve, one row an epoch."""
     with (folder(run) / "history.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def measure(run: Run, measure: Measure, *, reference: Source | None = None, device: str | None = None) -> dict[str, Any]:
+def measure(
+    run: Run, measure: Measure, *, reference: Source | None = None, device: str | None = None
+) -> dict[str, Any]:
     """What ``measure`` gives on the run, from the store or measured now; ``reference`` is the net it is compared to."""
     name = measure_name(measure, reference)
     cached = _measures(run).get(name)
@@ -486,9 +499,25 @@ def run_all(
         _in_turn(todo, device, outcome, progress)
     else:
         # spawn: a forked child would inherit torch's threads in whatever state they are.
-        with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
-            _schedule(todo, pool, device, outcome, progress)
+        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _end_with_parent) as pool:
+            try:
+                _schedule(todo, pool, device, outcome, progress)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return outcome
+
+
+def _end_with_parent() -> None:
+    """In a worker: stop as soon as the parent is gone, however it went; an orphan would train on unseen."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _blocked(job: Job, outcome: Outcome) -> str | None:
@@ -521,7 +550,7 @@ def _in_turn(todo: list[Job], device: str | None, outcome: Outcome, progress: Pr
 def _schedule(
     todo: list[Job], executor: Executor, device: str | None, outcome: Outcome, progress: Progress | None
 ) -> None:
-    """Keep the executor fed with jobs whose needs are met; long measurements wait behind trainings that unlock others."""
+    """Keep the executor fed with jobs whose needs are met."""
     waiting = list(todo)
     running: dict[Future[None], Job] = {}
     while waiting or running:
@@ -591,7 +620,9 @@ def list_store() -> list[dict[str, Any]]:
         if ".damaged-" in home.name:
             state = "set aside as damaged"
         what = f"{run['method']['type']} {run['model']} on {run['dataset']}, seed {run['seed']}"
-        entries.append({"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds, "run": run})
+        entries.append(
+            {"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds, "run": run}
+        )
     return entries
 
 

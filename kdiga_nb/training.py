@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb import distributed
-from kdiga_nb.attacks import PGD
+from kdiga_nb.attacks import PGD, frozen
 from kdiga_nb.data import Data, Split, batches
 from kdiga_nb.methods import Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
 
+OPTIMIZERS = ("sgd", "adamw")
 POLICIES = ("multistep", "one_cycle", "constant")
 SELECTIONS = ("last", "validation", "best_on_test")
 TRAINABLE = ("all", "head")
@@ -37,12 +38,13 @@ class Schedule:
 
     Attributes:
         epochs, batch_size: passes over the data; images a step.
-        learning_rate: of SGD; the peak rate for ``one_cycle``.
+        learning_rate: the peak rate for ``one_cycle``.
+        optimizer: ``sgd`` with momentum (the paper's), or ``adamw`` (for transformers trained from scratch).
         policy: ``multistep`` multiplies by ``decay`` at each milestone (epochs); ``one_cycle`` rises linearly over the
             first 30 % of the steps and falls linearly to 0.
         compounding: False repeats the authors' schedule, whose second milestone multiplies the initial rate again and
             so changes nothing.
-        momentum, weight_decay: of SGD.
+        momentum, weight_decay: of the optimiser (AdamW has no momentum field).
         clip_norm: bound on the gradient's ℓ2 norm, 0 for none.
         augment: use the data set's augmentation.
         trainable: ``all`` weights or the ``head`` alone.
@@ -53,6 +55,7 @@ class Schedule:
     epochs: int
     batch_size: int = 128
     learning_rate: float = 0.1
+    optimizer: str = "sgd"
     policy: str = "multistep"
     milestones: tuple[int, ...] = ()
     decay: float = 0.1
@@ -66,16 +69,28 @@ class Schedule:
     selection_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed in {"policy": POLICIES, "selection": SELECTIONS, "trainable": TRAINABLE}.items():
+        for name, allowed in {
+            "optimizer": OPTIMIZERS,
+            "policy": POLICIES,
+            "selection": SELECTIONS,
+            "trainable": TRAINABLE,
+        }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("decay", "momentum", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.selection_epsilon <= 1:
+            raise ValueError(f"selection_epsilon must be in [0, 1], got {self.selection_epsilon}")
         rising = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
         if not rising or any(not 0 < milestone < self.epochs for milestone in self.milestones):
-            raise ValueError(f"milestones must rise and lie between 0 and epochs = {self.epochs}, got {self.milestones}")
+            raise ValueError(
+                f"milestones must rise and lie between 0 and epochs = {self.epochs}, got {self.milestones}"
+            )
 
     def rate(self, epoch: int, progress: float) -> float:
         """The learning rate ``progress`` (0 to 1) into an epoch (from 0)."""
@@ -100,7 +115,7 @@ class TrainingState:
 
     student: nn.Module
     criterion: Method | nn.Module
-    optimizer: torch.optim.SGD
+    optimizer: torch.optim.Optimizer
     history: History = field(default_factory=History)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_score: float = -1.0
@@ -114,9 +129,7 @@ class TrainingState:
         if isinstance(self.criterion, nn.Module):
             named |= {f"criterion.{k}": v for k, v in self.criterion.state_dict().items()}
         for index, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                named[f"momentum.{index}"] = momentum
+            named |= {f"optimizer.{index}.{k}": v for k, v in self.optimizer.state[parameter].items() if v is not None}
         return {k: v.detach().clone().contiguous() for k, v in named.items()}
 
     def record(self) -> dict[str, Any]:
@@ -125,7 +138,7 @@ class TrainingState:
             "epoch": self.epoch,
             "best_score": self.best_score,
             "selected_epoch": self.history.selected_epoch,
-            "rows": self.history.rows,
+            "rows": [dict(row) for row in self.history.rows],
         }
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -138,9 +151,10 @@ class TrainingState:
         if isinstance(self.criterion, nn.Module):
             self.criterion.load_state_dict(part("criterion."))
         parameters = self.optimizer.param_groups[0]["params"]
-        for index, momentum in part("momentum.").items():
+        for name, value in part("optimizer.").items():
+            index, _, slot = name.partition(".")
             parameter = parameters[int(index)]
-            self.optimizer.state[parameter]["momentum_buffer"] = momentum.to(parameter.device, copy=True)
+            self.optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
         self.best = part("best.")
         self.best_score, self.epoch = record["best_score"], record["epoch"]
         self.history = History(list(record["rows"]), record["selected_epoch"])
@@ -168,7 +182,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
 
 @contextmanager
 def computing(image_shape: tuple[int, int, int]) -> Iterator[None]:
-    """One thread for small images: splitting microseconds of work costs more than it gives, and changes the last bits."""
+    """One thread for small images: splitting microseconds of work costs more than it gives, and moves the last bits."""
     threads = torch.get_num_threads()
     small = image_shape[1] * image_shape[2] <= 256
     try:
@@ -220,9 +234,11 @@ def begin(
     parameters = head_parameters(student) if schedule.trainable == "head" else list(student.parameters())
     if isinstance(criterion, nn.Module):
         parameters = parameters + list(criterion.parameters())
-    optimizer = torch.optim.SGD(
-        parameters, schedule.learning_rate, momentum=schedule.momentum, weight_decay=schedule.weight_decay, foreach=True
-    )
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    if schedule.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay, foreach=True)
+    else:
+        optimizer = torch.optim.SGD(parameters, rate, momentum=schedule.momentum, weight_decay=decay, foreach=True)
     return TrainingState(student, criterion, optimizer, epochs=schedule.epochs)
 
 
@@ -284,15 +300,8 @@ def _still(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
     if teacher is None:
         yield
         return
-    flags = [parameter.requires_grad for parameter in teacher.parameters()]
-    mode = teacher.training
-    try:
-        teacher.to(device).eval().requires_grad_(False)
+    with frozen(teacher.to(device)):
         yield
-    finally:
-        teacher.train(mode)
-        for parameter, flag in zip(teacher.parameters(), flags, strict=True):
-            parameter.requires_grad_(flag)
 
 
 def _epoch(
@@ -304,6 +313,11 @@ def _epoch(
     steps = math.ceil(len(fitting.labels) / schedule.batch_size)
     sums: dict[str, float] = {}
     state.student.train()
+    if schedule.trainable == "head":
+        # The body is a fixed feature extractor: its BatchNorm statistics stay as well.
+        state.student.eval()
+        for name in ("head", "head_dropout"):
+            state.student.get_submodule(name).train()
     for step, (x, y) in enumerate(batches(fitting, schedule.batch_size, generator)):
         rate = schedule.rate(state.epoch, (step + 0.5) / steps)
         for group in state.optimizer.param_groups:

@@ -1,0 +1,59 @@
+# Everything a reader or CI does; plain `make` lists it.
+
+SCALE ?= digits
+JOBS ?=
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+LINTED := kdiga_nb tests notebooks
+# What a test run draws stays out of the committed figures.
+ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test lab clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
+	$(BIN)/kdiga reproduce --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
+
+# The notebooks are checked last: their runs are trained first, in parallel, so that each cell finds them in the store.
+# pytest's filters turn warnings into errors, which suits the unit tests but not other people's notebook machinery.
+test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run the notebooks and compare what they claim
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+	$(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs $(or $(JOBS),2)
+	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
+
+lab: $(VENV)/.installed ## Open JupyterLab here
+	$(BIN)/jupyter-lab
+
+clean: ## Remove .venv, build/ and caches; runs/, data/ and figures stay
+	rm -rf $(VENV) build .pytest_cache .ruff_cache *.egg-info
+	find $(LINTED) -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml
+	$(call install,.)
+
+$(VENV)/.installed-test: pyproject.toml
+	$(call install,.[test])
+	@touch $(VENV)/.installed
+
+# $(call install,WHAT): the virtual environment with WHAT in it, editable because notebooks, parameters and runs are found
+# beside the package. The stamp comes last, so an interrupted install is done again. A second make waits at the lock
+# (where the system has flock) and finds the stamp. An environment without a working pip is rebuilt.
+define install
+@command -v "$(PYTHON)" > /dev/null || { echo "error: $(PYTHON) not found: Python 3.11 or newer is needed (make PYTHON=…)" >&2; exit 1; }
+@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V) (make PYTHON=…)" >&2; exit 1; }
+@mkdir -p build && exec 9> build/venv.lock && { ! command -v flock > /dev/null || flock 9; } && \
+	if [ "$@" -nt pyproject.toml ]; then exit 0; fi && \
+	echo "Installing into $(VENV) (PyTorch makes the first time a matter of minutes and some 5 GB)" && \
+	{ "$(BIN)/python" -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; } && \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable "$(1)" && \
+	touch "$@"
+endef

@@ -1,0 +1,242 @@
+"""The command: errors in one line that leave everything as it was, and whole reproductions by real processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from typer.testing import CliRunner, Result
+
+from kdiga_nb import paths
+from kdiga_nb.artifacts import ARTIFACTS, table5
+from kdiga_nb.cli import app, artefact_names, notebook_parameters
+from kdiga_nb.params import Table1Params, Table5Params, read
+from kdiga_nb.report import COLUMNS
+from kdiga_nb.runs import ancestors, list_store, run_key
+
+SMOKE = paths.PARAMS / "smoke"
+
+
+def kdiga(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(app, list(arguments), env=env)
+
+
+@pytest.fixture(autouse=True)
+def own_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
+    return tmp_path / "figures"
+
+
+@dataclass
+class Place:
+    """A folder of one's own to call the command from, by processes that share store and figures."""
+
+    home: Path
+
+    @property
+    def figures(self) -> Path:
+        return self.home / "figures" / "smoke"
+
+    @property
+    def env(self) -> dict[str, str]:
+        names = {"KDIGA_RUNS": self.home / "runs", "KDIGA_FIGURES": self.home / "figures", "PYTHONPATH": paths.ROOT}
+        return os.environ | {name: str(path) for name, path in names.items()}
+
+    def call(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *arguments]
+        return subprocess.run(command, cwd=self.home, env=self.env, capture_output=True, text=True, timeout=300)
+
+    def reproduce(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.call("kdiga_nb.cli", "reproduce", "--scale", "smoke", "--only", "table5", "--jobs", "1", *arguments)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("elsewhere"))
+
+
+@pytest.fixture(scope="module")
+def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
+    return place, place.reproduce()
+
+
+# ---- refused before anything happens ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["reproduce", "--scale", "cifar1000"], "--scale: must be one of digits, .*smoke.*, got 'cifar1000'"),
+        (["reproduce", "--scale", "smoke", "--only", "table7"], "--only: must be one of figure1, .*, got 'table7'"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "lamda_iga=3"], "lamda_iga: unknown key"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "epsilon=1.5"], "epsilon: .* got 1.5"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "epsilon"], "NAME=VALUE"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "scale=digits"], "scale: must be smoke"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "device=cuda:99"], "device: .*cuda:99"),
+        (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "loops=3"], "loops: unknown key"),
+        (["reproduce", "--scale", "smoke", "--set", "milestones=[7]"], "milestones: must rise"),
+        (["train", str(SMOKE / "table5.yaml"), "--row", "kdigo"], "row must be one of kdiga_fgsm, .*, got 'kdigo'"),
+        (["train", str(SMOKE / "table5.yaml"), "--set", "seeds=[]"], "seeds: .*at least 1 item"),
+        (["train", str(SMOKE / "table2.yaml"), "--row", "kdiga_vit_b16_resnet18"], "has no net at this scale"),
+        (["train", "somewhere/table5.yaml"], "there is no such file"),
+        (["train", "somewhere/other.yaml"], "the file's name must be one of figure1"),
+    ],
+    ids=lambda value: " ".join(value[1:]).replace(str(SMOKE), "") if isinstance(value, list) else "",
+)
+def test_refused_in_one_line(arguments: list[str], says: str, own_figures: Path):
+    result = kdiga(*arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert re.search(says, line), line
+    assert result.stdout == ""
+    assert not paths.runs().exists()
+    assert not own_figures.exists()
+
+
+def test_a_store_that_cannot_be_written_is_said_in_one_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+    env = {"KDIGA_RUNS": str(tmp_path / "file" / "runs")}
+    result = kdiga("train", str(SMOKE / "table5.yaml"), "--row", "fgsm_at", "--jobs", "1", env=env)
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["reproduce", "--help"], ["train", "--help"], ["runs", "--help"]])
+def test_help(arguments: list[str]):
+    assert kdiga(*arguments).exit_code == 0
+
+
+# ---- without training much ----
+
+
+def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
+    result = kdiga("reproduce", "--scale", "smoke", "--dry-run")
+    assert result.exit_code == 0
+    for name in ARTIFACTS:
+        assert f"{name}: " in result.stdout
+    assert "trainings: 0 cached" in result.stdout
+    teacher = table5(read(Table5Params, SMOKE / "table5.yaml")).row("kdiga_fgsm").runs[0].teacher
+    assert teacher is not None
+    # Figure 1 and Tables 1, 3, 4 and 5 distil from it, and it is listed to be trained once.
+    assert sum(line.strip().startswith(run_key(teacher)) for line in result.stdout.splitlines()) == 1
+    assert not paths.runs().exists()
+    assert not own_figures.exists()
+
+
+def test_artefacts_are_named_in_reading_order():
+    names = [name for name in artefact_names("smoke") if name != "walkthrough"]
+    assert names == list(ARTIFACTS)
+
+
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_the_parameters_of_a_notebook_are_read_from_its_cell(name: str):
+    assert notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb") == set(ARTIFACTS[name].params.model_fields)
+
+
+def test_train_one_row_and_list_it(own_figures: Path):
+    file = SMOKE / "table1.yaml"
+    row = ARTIFACTS["table1"].build(read(Table1Params, file)).row("kdiga")
+    result = kdiga("train", str(file), "--row", "kdiga", "--jobs", "1")
+    assert result.exit_code == 0
+    assert "runs: 2 made, 0 cached, 0 failed" in result.stdout
+    assert {entry["key"] for entry in list_store()} == {run_key(run) for run in ancestors(row.runs)}
+    assert not own_figures.exists()
+
+    assert "runs: 0 made, 2 cached, 0 failed" in kdiga("train", str(file), "--row", "kdiga", "--jobs", "1").stdout
+    entries = json.loads(kdiga("runs", "--json").stdout)
+    assert {entry["state"] for entry in entries} == {"finished"}
+    lines = kdiga("runs").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [entry["key"] for entry in entries]
+
+
+def test_an_empty_store_is_listed_too():
+    assert json.loads(kdiga("runs", "--json").stdout) == []
+    assert "no runs" in kdiga("runs").stdout
+
+
+def test_training_that_fails_names_the_run_and_why():
+    diverging = ["--set", "learning_rate=1e30", "--set", "clip_norm=0", "--set", "vit_epochs=1"]
+    result = kdiga("train", str(SMOKE / "table2.yaml"), "--row", "st_resnet18", "--jobs", "1", *diverging)
+    assert result.exit_code == 1
+    assert "0 made, 0 cached, 1 failed" in result.stdout
+    assert "the term cross_entropy is" in result.stdout
+
+
+# ---- whole reproductions, by processes of their own, from another folder ----
+
+
+def test_reproduce_leaves_table_figure_and_provenance(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
+    place, done = reproduced
+    assert done.returncode == 0, done.stderr
+    assert "0 failed" in done.stdout
+    files = {path.name for path in place.figures.iterdir() if path.is_file()}
+    assert {"table5.csv", "table5.png", "table5.svg", "table5.json"} <= files
+    table = pd.read_csv(place.figures / "table5.csv")
+    assert list(table.columns) == COLUMNS
+    assert not table.loc[table["metric"] == "clean", "value"].isna().any()
+    provenance = json.loads((place.figures / "table5.json").read_text())
+    assert provenance["parameters"] == Table5Params(**provenance["parameters"]).model_dump()
+    assert provenance["parameters"]["scale"] == "smoke"
+
+
+def test_reproduce_leaves_the_executed_notebook(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
+    place, _ = reproduced
+    content = nbformat.read(place.figures / "notebooks" / "table5.ipynb", as_version=4)
+    code = [cell for cell in content.cells if cell.cell_type == "code" and cell.source.strip()]
+    assert all(cell.execution_count for cell in code)
+    assert not [output for cell in code for output in cell.outputs if output.get("output_type") == "error"]
+
+
+def test_nothing_is_left_in_the_callers_folder(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
+    place, _ = reproduced
+    assert {path.name for path in place.home.iterdir()} <= {"runs", "figures", "out.ipynb"}
+
+
+def test_reproduced_again_everything_is_cached(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
+    place, _ = reproduced
+    before = (place.figures / "table5.csv").read_bytes()
+    plan = place.reproduce("--dry-run").stdout
+    assert "5 trainings: 5 cached, 0 to do" in plan
+    done = place.reproduce()
+    assert done.returncode == 0, done.stderr
+    assert "runs and measurements: 0 made" in done.stdout
+    assert (place.figures / "table5.csv").read_bytes() == before
+
+
+def test_plain_papermill_with_a_parameter_of_ones_own(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
+    place, _ = reproduced
+    source = str(paths.NOTEBOOKS / "table5.ipynb")
+    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lambda_iga", "4", "-p", "epsilon", "8/255"]
+    done = place.call("papermill", source, "out.ipynb", *options, "-k", "python3")
+    assert done.returncode == 0, done.stderr
+    parameters = json.loads((place.figures / "table5.json").read_text())["parameters"]
+    assert (parameters["lambda_iga"], parameters["epsilon"]) == (4.0, 8 / 255)
+
+
+def test_papermill_with_a_misspelt_parameter_stops_before_it_trains(tmp_path: Path):
+    place = Place(tmp_path)
+    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lamda_iga", "3", "-k", "python3"]
+    done = place.call("papermill", str(paths.NOTEBOOKS / "table5.ipynb"), "out.ipynb", *options)
+    assert done.returncode != 0
+    assert "lamda_iga: unknown key" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_failing_notebook_is_named_and_the_status_says_so(tmp_path: Path):
+    place = Place(tmp_path)
+    done = place.reproduce("--set", "learning_rate=1e30", "--set", "clip_norm=0")
+    assert done.returncode == 1
+    (named,) = [line for line in done.stdout.splitlines() if line.strip().startswith("failed: table5")]
+    assert "ReproductionError" in named
+    assert "notebooks: 0 made, 1 failed" in done.stdout
+    assert "the term cross_entropy is" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (place.figures / "notebooks" / "table5.ipynb").exists()
+    assert not (place.figures / "table5.csv").exists()

@@ -1,0 +1,112 @@
+"""The project's own files: two lists of dependencies that agree, and nothing committed that belongs to one machine.
+
+conda cannot be run everywhere, so environment.yml is compared with pyproject.toml, which every test run installs.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from kdiga_nb import __version__
+from kdiga_nb.paths import ROOT
+
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
+
+# Where conda, or an import statement, calls a distribution by another name.
+CONDA_NAMES = {"pytorch": "torch"}
+IMPORT_NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+
+FILE_LIMIT, TOTAL_LIMIT = 5_000_000, 30_000_000  # bytes
+# Written so that they do not find themselves.
+PERSONAL_PATH = re.compile(r"/(?:home|root|Users|work)/[\w.]|/tmp/ipykernel_\d|[A-Za-z]:\\+Users\\")
+REGISTRY = re.compile(
+    r"(?:pypi|pythonhosted|anaconda|npmjs|debian|golang)[.](?:org|com)|download[.]pytorch[.]org/whl|--(?:extra-)?index-ur[l]"
+)
+
+
+def bounds(lines: list[str], names: dict[str, str] | None = None) -> dict[str, str]:
+    """Name and version bounds of each requirement, under its name on the package index."""
+    requirements = [Requirement(line) for line in lines]
+    return {(names or {}).get(entry.name, entry.name): str(entry.specifier) for entry in requirements}
+
+
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if (path := ROOT / name).is_file()]
+
+
+def test_environment_has_the_names_and_bounds_of_pyproject() -> None:
+    conda = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
+    (by_pip,) = (entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict))
+    assert by_pip[-1] == "--editable ."
+    assert "pip" in conda, "conda asks for pip by name where it is to install something"
+    found = bounds([entry for entry in conda if entry != "pip"], CONDA_NAMES) | bounds(by_pip[:-1])
+    assert found == bounds(PROJECT["dependencies"]) | {"python": PROJECT["requires-python"]}
+
+
+def test_every_dependency_has_a_bound() -> None:
+    everything = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]
+    assert [name for name, bound in bounds(everything).items() if ">=" not in bound] == []
+
+
+def test_environment_is_conda_forge_only_and_gives_reasons() -> None:
+    assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
+    _, _, dependencies = (ROOT / "environment.yml").read_text().partition("dependencies:\n")
+    entries = [line for line in dependencies.splitlines() if re.match(r" +- (?!pip:)", line)]
+    assert [line for line in entries if "  # " not in line] == []
+
+
+def test_every_import_of_the_package_is_declared() -> None:
+    imported = set()
+    for path in (ROOT / "kdiga_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.partition(".")[0])
+    foreign = {IMPORT_NAMES.get(name, name) for name in imported - sys.stdlib_module_names - {"kdiga_nb"}}
+    assert foreign - set(bounds(PROJECT["dependencies"])) == set()
+
+
+def test_citation_names_this_version_and_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (__version__, PROJECT["license"])
+
+
+@pytest.mark.parametrize("pattern", [PERSONAL_PATH, REGISTRY], ids=["personal path", "package registry"])
+def test_no_committed_file_names_a(pattern: re.Pattern[str]) -> None:
+    found = {path.relative_to(ROOT): pattern.search(path.read_text(errors="ignore")) for path in tracked()}
+    assert {str(path): match.group() for path, match in found.items() if match} == {}
+
+
+def test_committed_files_are_small() -> None:
+    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in tracked()}
+    assert {name: size for name, size in sizes.items() if size > FILE_LIMIT} == {}
+    assert sum(sizes.values()) < TOTAL_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        (PERSONAL_PATH, "/".join(["", "home", "ada", "kit"])),
+        (PERSONAL_PATH, "/".join(["\x1b[0m", "root", ".venv"])),
+        (PERSONAL_PATH, "\\".join(["C:", "Users", "ada"])),
+        (PERSONAL_PATH, "/".join(["", "tmp", "ipykernel_12", "34.py"])),
+        (REGISTRY, ".".join(["https://files", "pythonhosted", "org"])),
+        (REGISTRY, " --" + "index-url"),
+    ],
+    ids=["Linux", "after an escape sequence", "Windows", "kernel", "host", "option"],
+)
+def test_the_patterns_find(pattern: re.Pattern[str], text: str) -> None:
+    assert pattern.search(text)

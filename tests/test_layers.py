@@ -1,0 +1,145 @@
+"""The package's shape: who imports whom, what stays at the edge, and functions short enough to read at one sitting."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kdiga_nb.paths import ROOT
+
+MODULES = {path.stem: path for path in sorted((ROOT / "kdiga_nb").glob("*.py")) if path.stem != "__init__"}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+LEVELS = {
+    **dict.fromkeys(("paths", "losses", "models", "data", "distributed", "reported"), 0),
+    "attacks": 1,
+    **dict.fromkeys(("methods", "metrics"), 2),
+    "training": 3,
+    **dict.fromkeys(("runs", "isd"), 4),
+    **dict.fromkeys(("params", "artifacts"), 5),
+    "report": 6,
+    **dict.fromkeys(("widgets", "cli"), 7),
+}
+WITHIN_A_LEVEL = {("isd", "runs"), ("artifacts", "params")}
+LOWEST_LEVEL = {"matplotlib": 6, "seaborn": 6, "pandas": 6, "ipywidgets": 7, "typer": 7, "papermill": 7}
+LONGEST_FUNCTION = 60  # lines, docstring included
+
+
+def inner_imports(tree: ast.Module) -> set[str]:
+    """The modules of the package that a module imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "kdiga_nb":
+            found |= {alias.name for alias in node.names} & set(MODULES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kdiga_nb."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("kdiga_nb.")}
+    return found
+
+
+def outer_imports(tree: ast.Module) -> set[str]:
+    """The top-level packages that a module imports anywhere."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+    return found
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_every_module_has_a_level():
+    assert set(MODULES) <= set(LEVELS)
+    assert len(MODULES) >= 16
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_come_from_lower_levels(name: str):
+    allowed = {other for other in LEVELS if LEVELS[other] < LEVELS[name] or (name, other) in WITHIN_A_LEVEL}
+    assert inner_imports(TREES[name]) <= allowed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_relative_imports(name: str):
+    assert not [node.lineno for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_libraries_of_the_edge_stay_there(name: str):
+    too_high = {library for library, level in LOWEST_LEVEL.items() if level > LEVELS[name]}
+    assert not outer_imports(TREES[name]) & too_high
+    assert name == "widgets" or "ipywidgets" not in outer_imports(TREES[name])
+
+
+def test_training_does_not_load_the_plotting_libraries():
+    heavy = ["matplotlib", "seaborn", "pandas", "ipywidgets", "papermill"]
+    program = f"import sys, kdiga_nb.artifacts; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_fit_on_a_screen(name: str):
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions(TREES[name])}
+    assert {function: length for function, length in lengths.items() if length > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_error_is_swallowed(name: str):
+    handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]
+    silent = [h.lineno for h in handlers if h.type is None or all(isinstance(line, ast.Pass) for line in h.body)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_are_documented(name: str):
+    module = importlib.import_module(f"kdiga_nb.{name}")
+    bare = [
+        qualified
+        for qualified, value in public_names(module)
+        # getdoc also finds what an override inherits.
+        if not inspect.getdoc(value)
+    ]
+    assert inspect.getdoc(module)
+    assert bare == []
+
+
+def public_names(module: ModuleType) -> list[tuple[str, object]]:
+    """The functions and classes that a module defines, and their methods and properties."""
+    found: list[tuple[str, object]] = []
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(value):
+            # A dataclass without a docstring has its signature in its place.
+            found.append((name, value if not (value.__doc__ or "").startswith(f"{name}(") else None))
+            members = [(key, member) for key, member in vars(value).items() if not key.startswith("_")]
+            found += [
+                (f"{name}.{key}", getattr(value, key))
+                for key, member in members
+                if inspect.isfunction(member) or isinstance(member, property)
+            ]
+        elif inspect.isfunction(value):
+            found.append((name, value))
+    return found
+
+
+def test_the_package_reads_no_path_but_those_of_paths():
+    named = {
+        name: node.value
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and Path(node.value).is_absolute()
+        if len(node.value) > 1 and " " not in node.value
+    }
+    assert named == {}

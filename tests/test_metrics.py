@@ -1,0 +1,389 @@
+"""Accuracy on nets with known answers, local linearity against closed forms and grids, the bound of Proposition 2."""
+
+import json
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdiga_nb.attacks import FGSM, PGD, AutoAttack
+from kdiga_nb.data import Data, Split
+from kdiga_nb.losses import cross_entropy
+from kdiga_nb.metrics import (
+    Bounds,
+    Measure,
+    TestAccuracy,
+    accuracy,
+    bound_terms,
+    local_linearity,
+    measured_gap,
+    proportion,
+)
+
+Nets = tuple[nn.Module, nn.Module]
+
+
+class ReadsFirstPixel(nn.Module):
+    """Answers with ten times the first pixel, rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -((10 * x[:, 0, 0, 0, None] - torch.arange(10)) ** 2)
+
+
+class Loss(nn.Module):
+    """A two-class net whose cross-entropy for label 0 is 100 + ``height(x)``, to rounding: log(1 + e^-100) vanishes."""
+
+    def __init__(self, height: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.height = height
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = self.height(x.flatten(1))
+        return torch.stack([torch.zeros_like(height), 100 + height], dim=1)
+
+
+class Perceptron(nn.Module):
+    """Two pixels, one curved hidden layer, three classes, in double precision."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.first = 4 * torch.randn(2, 8, generator=generator, dtype=torch.float64)
+        self.second = torch.randn(8, 3, generator=generator, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ self.first - 1).tanh() @ self.second
+
+
+@pytest.fixture
+def nets(tiny_net: Callable[..., nn.Module]) -> Nets:
+    return tiny_net(0, gain=3.0).eval(), tiny_net(1, gain=3.0).eval()
+
+
+@pytest.fixture
+def data(random_images: Callable[..., Split]) -> Data:
+    split = random_images(100)
+    return Data("random", split, split, num_classes=5, validation_size=0)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 10), (10, 10), (1, 3), (7, 10), (250, 500), (9999, 10000)])
+def test_the_interval_is_wilsons(correct: int, n: int) -> None:
+    z, p = NormalDist().inv_cdf(0.975), correct / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    found = proportion(correct, n)
+    assert (found.percent, found.n) == (100 * correct / n, n)
+    assert found.low == pytest.approx(100 * (centre - half), abs=1e-9)
+    assert found.high == pytest.approx(100 * (centre + half), abs=1e-9)
+    assert 0 <= found.low <= found.percent <= found.high <= 100
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 500])
+def test_accuracy_of_known_answers(batch_size: int) -> None:
+    answers = torch.arange(10)
+    images = (answers / 10).reshape(10, 1, 1, 1).expand(10, 1, 2, 2)
+    labels = answers.clone()
+    labels[[2, 5, 9]] = torch.tensor([3, 0, 8])
+    assert accuracy(ReadsFirstPixel(), images, labels, batch_size=batch_size) == proportion(7, 10)
+
+
+def test_accuracy_under_attack_of_known_answers() -> None:
+    """A step of 0.04 leaves every rounding in place, one of 0.06 moves every one."""
+    answers = torch.arange(1, 9)
+    images = (answers / 10 + 0.01).reshape(8, 1, 1, 1)
+    assert accuracy(ReadsFirstPixel(), images, answers, attack=FGSM(0.03)).percent == 100
+    assert accuracy(ReadsFirstPixel(), images, answers, attack=FGSM(0.06)).percent == 0
+
+
+def test_accuracy_is_taken_in_eval_mode_and_leaves_the_net_alone(
+    tiny_net: Callable[..., nn.Module], random_images: Callable[..., Split]
+) -> None:
+    net = tiny_net(0, dropout=0.5, batch_norm=True).train()
+    net.get_submodule("activation").eval()
+    modes, tensors = [module.training for module in net.modules()], deepcopy(net.state_dict())
+    x, _ = random_images(50)
+    at_rest = deepcopy(net).eval()
+    found = accuracy(net, x, at_rest(x).argmax(1), attack=PGD(0.0, 0.0, 2))
+    assert found.percent == 100
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in tensors.items())
+
+
+def test_robust_accuracy_repeats_itself_and_leaves_the_global_generator(nets: Nets, data: Data) -> None:
+    net, x = nets[0], data.test.images
+    y, attack = net(x).argmax(1), PGD(0.05, 0.05, 1)
+    figures, states = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+        figures.append(accuracy(net, x, y, attack=attack).percent)
+        assert torch.equal(torch.get_rng_state(), states[-1])
+    assert figures[0] == figures[1]
+    draws = {
+        accuracy(net, x, y, attack=attack, generator=torch.Generator().manual_seed(seed)).percent for seed in range(8)
+    }
+    assert len(draws) > 1
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.full((2, 1, 2, 2), 1.5), torch.tensor([0, 1]), r"images must lie in \[0, 1\]"),
+        (torch.full((2, 1, 2, 2), -0.5), torch.tensor([0, 1]), r"images must lie in \[0, 1\]"),
+        (torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 10]), "labels must lie in 0 … 9"),
+        (torch.full((2, 1, 2, 2), 0.5), torch.tensor([0]), "labels must be integers of shape"),
+        (torch.full((0, 1, 2, 2), 0.5), torch.zeros(0, dtype=torch.long), "there are no images"),
+    ],
+)
+def test_accuracy_refuses_what_would_be_a_wrong_number(images: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        accuracy(ReadsFirstPixel(), images, labels)
+
+
+def at(*pixels: float) -> tuple[Tensor, Tensor]:
+    """One image (1, 1, 1, D) in double precision, and its label 0."""
+    return torch.tensor(pixels, dtype=torch.float64).reshape(1, 1, 1, -1), torch.zeros(1, dtype=torch.long)
+
+
+def test_a_linear_loss_has_no_gap_to_its_tangent() -> None:
+    net = Loss(lambda x: x @ torch.tensor([3.0, -5.0], dtype=torch.float64))
+    assert local_linearity(net, *at(0.2, 0.7), 0.1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("pixels", [(0.5, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("epsilon", [0.01, 0.1])
+def test_a_quadratic_loss_has_the_gap_of_its_corner(sign: int, pixels: tuple[float, float], epsilon: float) -> None:
+    """a·x₀² + b·x₁² leaves its tangent by (a + b)·ε² at the corners, also of the ball round an image on the edge of
+    [0, 1]; curved downwards the gap is negative, and counts by its size."""
+    net = Loss(lambda x: sign * (2 * x[:, 0] ** 2 + 3 * x[:, 1] ** 2) + x[:, 0])
+    found = local_linearity(net, *at(*pixels), epsilon).item()
+    assert found == pytest.approx(5 * epsilon**2, rel=1e-6)
+
+
+def grid(epsilon: float, n: int = 201) -> Tensor:
+    """Every δ of a grid over the two-pixel ball, its corners included."""
+    line = torch.linspace(-epsilon, epsilon, n, dtype=torch.float64)
+    return torch.cartesian_prod(line, line).reshape(-1, 1, 1, 2)
+
+
+def tangent_gaps(net: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    point = x.clone().requires_grad_()
+    base = cross_entropy(net(point), y)
+    (gradient,) = torch.autograd.grad(base.sum(), point)
+    moved = cross_entropy(net(x + delta), y.expand(len(delta)))
+    return (moved - base.detach() - (delta * gradient).flatten(1).sum(1)).abs()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("epsilon", [0.05, 0.2])
+def test_local_linearity_against_every_point_of_a_grid(seed: int, epsilon: float) -> None:
+    net, generator = Perceptron(seed), torch.Generator().manual_seed(seed)
+    images = torch.rand(12, 1, 1, 2, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (12,), generator=generator)
+    found = local_linearity(net, images, labels, epsilon)
+    largest = torch.stack(
+        [tangent_gaps(net, x[None], y[None], grid(epsilon)).max() for x, y in zip(images, labels, strict=True)]
+    )
+    # Between two grid points the gap can be a little larger than on either.
+    assert (found <= largest * 1.001 + 1e-9).all()
+    # One search may end on a lesser corner, which the docstring owns up to; each copy of an image starts elsewhere.
+    copies = images.repeat_interleave(16, 0), labels.repeat_interleave(16, 0)
+    best = local_linearity(net, *copies, epsilon).reshape(12, 16).amax(1)
+    assert (best <= largest * 1.001 + 1e-9).all() and (best >= 0.95 * largest).all()
+    assert (found >= 0.5 * largest).double().mean() >= 0.5
+
+
+def test_longer_searches_and_wider_balls_never_find_less(nets: Nets, data: Data) -> None:
+    x, y = data.test
+    by_steps = [local_linearity(nets[0], x, y, 0.1, steps=steps) for steps in (1, 5, 50)]
+    assert all((more >= fewer).all() for fewer, more in pairwise(by_steps))
+    by_radius = [local_linearity(nets[0], x, y, epsilon).mean() for epsilon in (0.0, 0.05, 0.1, 0.2)]
+    assert by_radius[0] == 0 and by_radius == sorted(by_radius)
+
+
+def test_the_best_point_on_the_way_counts_not_the_last() -> None:
+    """The largest gap lies inside the ball, and the steps swing about it; more of them never find less."""
+    net, (x, y) = Loss(lambda x: (40 * x).sin().sum(1)), at(math.pi / 80)
+    found = [local_linearity(net, x, y, 0.12, steps=steps, step_size=0.03).item() for steps in range(1, 30)]
+    assert found == sorted(found)
+    # The gap is |cos 40δ − 1|: 2 at its largest, and half a step of 0.03 beside that 1 + cos 0.6.
+    assert 1 + math.cos(0.6) <= found[-1] <= 2
+
+
+def test_the_measures_repeat_themselves_and_leave_everything_alone(
+    tiny_net: Callable[..., nn.Module], data: Data
+) -> None:
+    net, reference = (tiny_net(seed, batch_norm=True, dropout=0.5).train() for seed in (0, 1))
+    before = [deepcopy(one.state_dict()) for one in (net, reference)]
+    state = torch.get_rng_state()
+    x, y = data.test
+    first, second = (bound_terms(net, reference, x, y, 0.1, steps=5) for _ in range(2))
+    at_rest = bound_terms(deepcopy(net).eval(), deepcopy(reference).eval(), x, y, 0.1, steps=5)
+    assert torch.equal(first.bound, second.bound) and torch.equal(first.bound, at_rest.bound)
+    gaps = [measured_gap(net, reference, x, y, 0.1, steps=5) for _ in range(2)]
+    assert torch.equal(*gaps)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, tensors in zip((net, reference), before, strict=True):
+        assert all(module.training for module in one.modules())
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in one.parameters())
+        assert all(torch.equal(one.state_dict()[key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.2])
+def test_the_bound_in_the_dual_norm_holds(epsilon: float, tiny_net: Callable[..., nn.Module], data: Data) -> None:
+    x, y = data.test
+    for seed in range(3):
+        student, teacher = (tiny_net(seed + offset, gain=5.0).eval() for offset in (0, 10))
+        terms = bound_terms(student, teacher, x, y, epsilon)
+        gap = measured_gap(student, teacher, x, y, epsilon)
+        assert (gap > 0).all() and (gap <= terms.bound).all()
+
+
+def test_the_bound_needs_the_dual_norm() -> None:
+    """Two linear losses that differ by a slope of 1 a pixel, over 100 pixels: the gap is 100·ε, ε‖·‖₂ only 10·ε."""
+    flat, steep = Loss(lambda x: 0 * x.sum(1)), Loss(lambda x: x.sum(1))
+    x, y = at(*[0.5] * 100)
+    dual, euclidean = (bound_terms(steep, flat, x, y, 0.1, norm) for norm in ("l1", "l2"))
+    assert dual.distance.item() == pytest.approx(100) and euclidean.distance.item() == pytest.approx(10)
+    gap = measured_gap(steep, flat, x, y, 0.1)
+    base = (cross_entropy(steep(x), y) - cross_entropy(flat(x), y)).abs()
+    assert (gap - base).item() == pytest.approx(0.1 * dual.distance.item())
+    assert (gap - base).item() > 0.1 * euclidean.distance.item()
+
+
+def test_the_terms_of_the_bound(nets: Nets, data: Data) -> None:
+    student, teacher = nets
+    x, y = data.test
+    l1, l2 = (bound_terms(student, teacher, x, y, 0.1, norm) for norm in ("l1", "l2"))
+    gradients = []
+    for net in nets:
+        point = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(cross_entropy(net(point), y).sum(), point)[0])
+    difference = (gradients[0] - gradients[1]).flatten(1).double()
+    for terms, distance in ((l1, difference.abs().sum(1)), (l2, difference.square().sum(1).sqrt())):
+        torch.testing.assert_close(terms.distance.double(), distance, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(terms.ce_student, cross_entropy(student(x), y).detach())
+        torch.testing.assert_close(terms.ce_teacher, cross_entropy(teacher(x), y).detach())
+        torch.testing.assert_close(terms.llm_student, local_linearity(student, x, y, 0.1))
+        torch.testing.assert_close(terms.llm_teacher, local_linearity(teacher, x, y, 0.1))
+        torch.testing.assert_close(terms.phi, terms.ce_student + terms.ce_teacher + 0.1 * terms.distance)
+        torch.testing.assert_close(terms.bound, terms.llm_student + terms.llm_teacher + terms.phi)
+    pixels = difference.shape[1]
+    assert (l2.distance <= l1.distance).all() and (l1.distance <= math.sqrt(pixels) * l2.distance * 1.00001).all()
+
+
+def test_equal_nets_have_no_gap_and_no_distance(nets: Nets, data: Data) -> None:
+    student, twin = nets[0], deepcopy(nets[0])
+    x, y = data.test
+    terms = bound_terms(student, twin, x, y, 0.1)
+    assert (terms.distance == 0).all() and torch.equal(terms.llm_student, terms.llm_teacher)
+    assert (measured_gap(student, twin, x, y, 0.1) == 0).all()
+
+
+def test_an_unknown_norm_is_refused(nets: Nets, data: Data) -> None:
+    with pytest.raises(ValueError, match="norm must be one of l1, l2, got 'linf'"):
+        bound_terms(*nets, *data.test, 0.1, "linf")
+
+
+@pytest.mark.parametrize("images", [None, 10])
+@pytest.mark.parametrize("attack", [None, FGSM(0.1), PGD(0.1, 0.05, 3)], ids=repr)
+def test_test_accuracy_is_that_of_the_first_test_images(
+    attack: FGSM | PGD | None, images: int | None, nets: Nets, data: Data
+) -> None:
+    result = TestAccuracy(attack, images)(nets[0], data)
+    x, y = data.test.images[:images], data.test.labels[:images]
+    assert set(result) == {"percent", "low", "high", "n"}
+    assert result == vars(accuracy(nets[0], x, y, attack=attack))
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_test_accuracy_under_autoattack_names_members_and_flags(nets: Nets, data: Data, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    result = TestAccuracy(AutoAttack(0.5), images=12)(nets[0], data, state=state)
+    assert set(result) == {"percent", "low", "high", "n", "members", "flags"}
+    assert list(result["members"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert result["percent"] == result["members"]["square"] and result["n"] == 12
+    assert result["members"]["clean"] == pytest.approx(accuracy(nets[0], *(part[:12] for part in data.test)).percent)
+    assert list(json.loads(state.read_text())["survivors"]) == list(result["members"])
+    assert json.loads(json.dumps(result)) == result
+
+
+BOUND_KEYS = {
+    "llm_eps",
+    "llm_half_eps",
+    "llm_eps_teacher",
+    "cross_entropy",
+    "cross_entropy_teacher",
+    "gradient_distance",
+    "gradient_distance_l1",
+    "gradient_distance_batch",
+    "bound",
+    "gap",
+    "violations",
+    "n",
+}
+
+
+def test_bounds_are_means_over_the_test_images(nets: Nets, data: Data) -> None:
+    student, teacher = nets
+    x, y = data.test
+    result = Bounds(0.1, steps=10)(student, data, reference=teacher)
+    assert set(result) == BOUND_KEYS and json.loads(json.dumps(result)) == result
+    l1, l2 = (bound_terms(student, teacher, x, y, 0.1, norm, steps=10) for norm in ("l1", "l2"))
+    expected = {
+        "llm_eps": l1.llm_student.mean(),
+        "llm_half_eps": local_linearity(student, x, y, 0.05, steps=10).mean(),
+        "llm_eps_teacher": l1.llm_teacher.mean(),
+        "cross_entropy": cross_entropy(student(x), y).mean().item(),
+        "cross_entropy_teacher": cross_entropy(teacher(x), y).mean().item(),
+        "gradient_distance": l2.distance.mean(),
+        "gradient_distance_l1": l1.distance.mean(),
+        "bound": l1.bound.mean(),
+        "gap": measured_gap(student, teacher, x, y, 0.1, steps=10).mean(),
+        "violations": 0,
+        "n": 100,
+    }
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(float(value), rel=1e-5), name
+    assert Bounds(0.1, images=7, steps=2)(student, data, reference=teacher)["n"] == 7
+
+
+def test_the_batch_distance_is_that_of_the_gradients_of_a_batch_mean_of_100(nets: Nets, data: Data) -> None:
+    x, y = data.test
+    assert len(y) == 100
+    gradients = []
+    for net in nets:
+        point = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(nn.functional.cross_entropy(net(point), y), point)[0])
+    expected = (gradients[0] - gradients[1]).norm().item()
+    result = Bounds(0.1, steps=2)(nets[0], data, reference=nets[1])
+    assert result["gradient_distance_batch"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_bounds_are_measured_in_eval_mode_and_leave_the_nets_alone(
+    tiny_net: Callable[..., nn.Module], data: Data
+) -> None:
+    net, reference = (tiny_net(seed, batch_norm=True, dropout=0.5).train() for seed in (0, 1))
+    at_rest = Bounds(0.1, steps=3)(deepcopy(net).eval(), data, reference=deepcopy(reference).eval())
+    before = [deepcopy(one.state_dict()) for one in (net, reference)]
+    assert Bounds(0.1, steps=3)(net, data, reference=reference) == pytest.approx(at_rest)
+    for one, tensors in zip((net, reference), before, strict=True):
+        assert all(torch.equal(one.state_dict()[key], value) for key, value in tensors.items())
+
+
+def test_bounds_need_a_reference(nets: Nets, data: Data) -> None:
+    with pytest.raises(ValueError, match="need a reference teacher"):
+        Bounds(0.1)(nets[0], data)
+
+
+def test_measures_are_values() -> None:
+    assert TestAccuracy(PGD(0.1, 0.05, 3), 10) == TestAccuracy(PGD(0.1, 0.05, 3), 10)
+    assert len({Bounds(0.1), Bounds(0.1), Bounds(0.2), TestAccuracy()}) == 3
+    assert all(issubclass(kind, Measure) for kind in (Bounds, TestAccuracy))

@@ -1,0 +1,123 @@
+"""The committed notebooks: one an artefact, valid, executed, and free of what belongs to one machine or to the package."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kdiga_nb.artifacts import ARTIFACTS
+from kdiga_nb.paths import NOTEBOOKS, PARAMS
+
+FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
+TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|tmp|mnt|var|usr)/|[A-Za-z]:\\\\")
+LONGEST_CELL = 25  # lines: notebooks narrate and call
+
+each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def notebook(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook(path).cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def tags(cell: nbformat.NotebookNode) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def tagged(path: Path, tag: str) -> list[nbformat.NotebookNode]:
+    return [cell for cell in code_cells(path) if tag in tags(cell)]
+
+
+def test_one_notebook_an_artefact_and_the_walkthrough():
+    assert {path.stem for path in FILES} == {*ARTIFACTS, "walkthrough"}
+
+
+@pytest.mark.parametrize("scale", sorted(path.name for path in PARAMS.iterdir()))
+def test_every_notebook_has_its_parameter_file_and_the_other_way_round(scale: str):
+    assert {path.stem for path in (PARAMS / scale).iterdir()} == {path.stem for path in FILES}
+
+
+@each
+def test_valid_and_for_the_plain_kernel(path: Path):
+    content = notebook(path)
+    nbformat.validate(content)
+    assert content.metadata.kernelspec.name == "python3"
+
+
+@each
+def test_one_parameters_cell_of_plain_commented_values(path: Path):
+    (cell,) = tagged(path, "parameters")
+    for node in ast.parse(cell.source).body:
+        # papermill --help-notebook shows name, type, default and comment; anything derived would go stale.
+        assert isinstance(node, ast.AnnAssign)
+        assert node.value is not None
+        ast.literal_eval(node.value)
+        assert "  # " in cell.source.splitlines()[node.lineno - 1]
+
+
+@each
+def test_something_is_checked_against_the_committed_output(path: Path):
+    assert tagged(path, "nbval-check-output")
+
+
+@each
+def test_tags_are_known(path: Path):
+    assert set().union(*(tags(cell) for cell in notebook(path).cells)) <= TAGS
+
+
+@each
+def test_opens_with_a_title(path: Path):
+    first = notebook(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+
+
+@each
+def test_narrates_and_calls(path: Path):
+    for cell in code_cells(path):
+        definitions = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        assert not definitions or path.stem == "walkthrough"
+        assert len(cell.source.splitlines()) <= LONGEST_CELL or "parameters" in tags(cell)
+
+
+@each
+def test_names_no_folder_of_one_machine(path: Path):
+    assert ABSOLUTE_PATH.findall(path.read_text()) == []
+
+
+@each
+def test_outputs_hold_no_error_and_nothing_on_stderr(path: Path):
+    outputs = [output for cell in code_cells(path) for output in cell.get("outputs", [])]
+    assert [output for output in outputs if output.output_type == "error"] == []
+    assert [output for output in outputs if output.get("name") == "stderr"] == []
+
+
+@each
+def test_committed_executed_from_top_to_bottom(path: Path):
+    counts = [cell.get("execution_count") for cell in code_cells(path)]
+    assert None not in counts
+    assert counts == sorted(counts)
+
+
+@each
+def test_committed_claims_were_printed(path: Path):
+    printed = [
+        output
+        for cell in tagged(path, "nbval-check-output")
+        for output in cell.get("outputs", [])
+        if output.output_type in ("stream", "execute_result", "display_data")
+    ]
+    assert printed
+
+
+@each
+def test_committed_at_the_defaults(path: Path):
+    # papermill marks what it injected; a notebook committed with that would hide its own defaults.
+    assert not [cell for cell in notebook(path).cells if "injected-parameters" in tags(cell)]
+    assert "papermill" not in notebook(path).metadata

@@ -1,0 +1,488 @@
+"""Schedules, one step against plain SGD, and trainings that resume, select, fail and restore as documented."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kdiga_nb.attacks import PGD
+from kdiga_nb.data import Data, Split
+from kdiga_nb.losses import cross_entropy
+from kdiga_nb.methods import ARD, IGAM, KD, KDIGA, ST, TRADES, Method
+from kdiga_nb.metrics import accuracy
+from kdiga_nb.training import History, Schedule, TrainingError, TrainingState, resolve_device, train, train_step
+
+ATTACK = PGD(0.1, 0.05, 2)
+Weights = dict[str, Tensor]
+
+
+class Breakable(nn.Module):
+    """A net that answers with NaN from the moment ``broken`` is set."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.broken = net, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * (math.nan if self.broken else 1)
+
+
+@pytest.fixture
+def net(tiny_net: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Builds nets for digits."""
+    return lambda seed=0, **options: tiny_net(seed, side=8, classes=10, **options)
+
+
+def weights(model: nn.Module) -> Weights:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: Weights, right: Weights) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def watched(model: nn.Module) -> list[bytes]:
+    """The images that the net is trained on from here on."""
+    seen: list[bytes] = []
+
+    def note(net: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if net.training:
+            seen.extend(image.detach().numpy().tobytes() for image in inputs[0])
+
+    model.register_forward_pre_hook(note)
+    return seen
+
+
+def rows(history: History) -> list[dict[str, float]]:
+    """All of the history but the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs and batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "epochs and batch_size must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0"),
+        ({"learning_rate": -0.1}, "learning_rate must be positive"),
+        ({"learning_rate": math.nan}, "learning_rate must be positive"),
+        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw, got 'adam'"),
+        ({"policy": "cosine"}, "policy must be one of multistep, one_cycle, constant, got 'cosine'"),
+        ({"selection": "best"}, "selection must be one of last, validation, best_on_test, got 'best'"),
+        ({"trainable": "tail"}, "trainable must be one of all, head, got 'tail'"),
+        ({"milestones": (5, 3)}, "milestones must rise"),
+        ({"milestones": (3, 3)}, "milestones must rise"),
+        ({"milestones": (0,)}, "milestones must rise and lie between 0 and epochs = 10"),
+        ({"milestones": (10,)}, "milestones must rise and lie between 0 and epochs = 10"),
+        ({"decay": -0.1}, "decay must not be negative"),
+        ({"momentum": -0.1}, "momentum must not be negative"),
+        ({"weight_decay": -1e-4}, "weight_decay must not be negative"),
+        ({"clip_norm": -1.0}, "clip_norm must not be negative"),
+        ({"selection": "validation", "selection_epsilon": 8.0}, r"selection_epsilon must be in \[0, 1\]"),
+    ],
+)
+def test_a_bad_schedule_is_refused(settings: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"epochs": 10}
+    with pytest.raises(ValueError, match=message):
+        Schedule(**(good | settings))
+
+
+MULTISTEP = Schedule(150, learning_rate=0.1, milestones=(50, 100))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epoch", "progress", "expected"),
+    [
+        (MULTISTEP, 0, 0.0, 0.1),
+        (MULTISTEP, 49, 1.0, 0.1),
+        (MULTISTEP, 50, 0.0, 0.01),
+        (MULTISTEP, 99, 0.9, 0.01),
+        (MULTISTEP, 100, 0.0, 0.001),
+        (MULTISTEP, 149, 1.0, 0.001),
+        (replace(MULTISTEP, compounding=False), 49, 0.0, 0.1),
+        (replace(MULTISTEP, compounding=False), 50, 0.0, 0.01),
+        (replace(MULTISTEP, compounding=False), 100, 0.0, 0.01),
+        (replace(MULTISTEP, compounding=False), 149, 0.0, 0.01),
+        (replace(MULTISTEP, decay=0.5), 120, 0.0, 0.025),
+        (replace(MULTISTEP, milestones=()), 149, 0.0, 0.1),
+        (replace(MULTISTEP, policy="constant"), 149, 0.5, 0.1),
+        (Schedule(10, learning_rate=0.2, policy="one_cycle"), 0, 0.0, 0.0),
+        (Schedule(10, learning_rate=0.2, policy="one_cycle"), 1, 0.5, 0.1),
+        (Schedule(10, learning_rate=0.2, policy="one_cycle"), 3, 0.0, 0.2),
+        (Schedule(10, learning_rate=0.2, policy="one_cycle"), 6, 0.5, 0.1),
+        (Schedule(10, learning_rate=0.2, policy="one_cycle"), 9, 1.0, 0.0),
+    ],
+)
+def test_the_rate(schedule: Schedule, epoch: int, progress: float, expected: float) -> None:
+    assert schedule.rate(epoch, progress) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_cycle_rises_to_its_peak_at_30_per_cent_and_falls_in_straight_lines() -> None:
+    schedule = Schedule(10, learning_rate=0.2, policy="one_cycle")
+    rates = np.array([schedule.rate(epoch, step / 10) for epoch in range(10) for step in range(10)])
+    assert rates.argmax() == 30
+    np.testing.assert_allclose(np.diff(rates[:31]), 0.2 / 30)
+    np.testing.assert_allclose(np.diff(rates[30:]), -0.2 / 70)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3, 1e3])
+def test_a_step_is_that_of_plain_sgd(clip_norm: float, net: Callable[..., nn.Module], few_digits: Data) -> None:
+    student = net()
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    loss = cross_entropy(student(few_digits.train.images), few_digits.train.labels).mean()
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    length = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+    scale = min(1.0, clip_norm / length) if clip_norm else 1.0
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, weight_decay=0.01)
+    values = train_step(student, None, ST(), optimizer, *few_digits.train, clip_norm=clip_norm)
+    assert values == {"cross_entropy": pytest.approx(loss.item())}
+    for parameter, start, gradient in zip(student.parameters(), before, gradients, strict=True):
+        expected = start - 0.1 * (scale * gradient + 0.01 * start)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_does_not_add_to_the_gradients_of_the_last(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    first, second = net(), net()
+    for parameter in second.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for student in (first, second):
+        train_step(student, None, ST(), torch.optim.SGD(student.parameters(), 0.1), *few_digits.train)
+    assert same(weights(first), weights(second))
+
+
+def test_a_step_lowers_the_sum_of_the_terms(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    student, teacher = net(0), net(1).eval()
+    optimizer = torch.optim.SGD(student.parameters(), 0.01)
+    sums = [sum(train_step(student, teacher, KDIGA(), optimizer, *few_digits.train).values()) for _ in range(5)]
+    assert sums == sorted(sums, reverse=True) and sums[0] > sums[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "term"),
+    [
+        (KD(lambda_ce=1e39), "cross_entropy"),
+        (KD(lambda_kl=1e39), "distillation"),
+        (KDIGA(lambda_iga=1e39), "alignment"),
+    ],
+)
+def test_a_term_that_is_not_finite_stops_the_step_and_is_named(
+    method: Method, term: str, net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    student, teacher = net(0), net(1).eval()
+    before = weights(student)
+    with pytest.raises(TrainingError, match=f"the term {term} is inf"):
+        train_step(student, teacher, method, torch.optim.SGD(student.parameters(), 0.1), *few_digits.train)
+    assert same(weights(student), before)
+
+
+@pytest.mark.parametrize(("broken", "term"), [("student", "cross_entropy"), ("teacher", "distillation")])
+def test_a_training_that_breaks_names_term_epoch_and_step_and_keeps_its_weights(
+    broken: str, term: str, net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    nets = {"student": Breakable(net(0)), "teacher": Breakable(net(1))}
+    saved: list[Weights] = []
+
+    def break_after_two_epochs(state: TrainingState) -> None:
+        saved.append(weights(state.student))
+        nets[broken].broken = state.epoch == 2
+
+    with pytest.raises(TrainingError, match=f"the term {term} is nan at epoch 3, step 1 of 4"):
+        train(
+            nets["student"], KD(), few_digits, Schedule(5, batch_size=16),
+            teacher=nets["teacher"], device="cpu", callbacks=[break_after_two_epochs],
+        )  # fmt: skip
+    assert len(saved) == 2 and same(weights(nets["student"]), saved[-1])
+
+
+def test_the_step_of_a_failure_is_counted_within_its_epoch(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    student = Breakable(net())
+    calls: list[int] = []
+
+    def break_in_the_third_step(*_: Any) -> None:
+        calls.append(1)
+        student.broken = len(calls) == 3
+
+    student.register_forward_pre_hook(break_in_the_third_step)
+    with pytest.raises(TrainingError, match="at epoch 1, step 3 of 4"):
+        train(student, ST(), few_digits, Schedule(1, batch_size=16), device="cpu")
+
+
+def test_a_training_is_decided_by_its_seed(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    results = []
+    for world, seed in ((1, 7), (2, 7), (1, 8)):
+        torch.manual_seed(world)
+        student = net(dropout=0.5)
+        history = train(student, TRADES(ATTACK), few_digits, Schedule(2, batch_size=32), seed=seed, device="cpu")
+        results.append((weights(student), rows(history)))
+    assert same(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+    assert not same(results[0][0], results[2][0])
+
+
+def test_a_training_learns_and_ends_in_eval_mode(trained: nn.Module, digits: Data) -> None:
+    assert not any(module.training for module in trained.modules())
+    assert accuracy(trained, *digits.test).percent > 90
+
+
+@pytest.mark.parametrize("method", [ST(), ARD(ATTACK), IGAM(), TRADES(ATTACK)], ids=lambda m: type(m).__name__)
+def test_a_training_leaves_the_global_generators_and_the_threads_alone(
+    method: Method, net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    student, teacher = net(0, dropout=0.5), net(1)
+    torch.set_num_threads(2)
+    try:
+        before = (torch.get_rng_state().tolist(), repr(np.random.get_state()), repr(random.getstate()))
+        train(student, method, few_digits, Schedule(1, selection="validation"), teacher=teacher, device="cpu")
+        assert (torch.get_rng_state().tolist(), repr(np.random.get_state()), repr(random.getstate())) == before
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_history_has_a_row_an_epoch(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    student, teacher, schedule = net(0), net(1), Schedule(3, batch_size=16, milestones=(2,))
+    history = train(student, KD(), few_digits, schedule, teacher=teacher, device="cpu")
+    assert [row["epoch"] for row in history.rows] == [1, 2, 3]
+    assert [row["learning_rate"] for row in history.rows] == pytest.approx([0.1, 0.1, 0.01])
+    for row in history.rows:
+        assert set(row) == {
+            "epoch", "learning_rate", "cross_entropy", "distillation", "validation_clean", "seconds",
+        }  # fmt: skip
+        assert all(math.isfinite(value) for value in row.values())
+    assert history.rows[-1]["validation_clean"] == accuracy(student, *few_digits.validation).percent
+    assert history.selected_epoch == 3
+    assert json.loads(json.dumps(history.rows)) == history.rows
+
+
+def test_the_terms_in_the_history_are_means_over_the_epoch(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    """At a rate of nearly 0 the net stands still, and the mean over equal batches is that over the fitting part."""
+    student = net()
+    expected = cross_entropy(student(few_digits.fitting.images), few_digits.fitting.labels).mean().item()
+    schedule = Schedule(1, batch_size=16, learning_rate=1e-12, augment=False)
+    history = train(student, ST(), few_digits, schedule, device="cpu")
+    assert history.rows[0]["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_held_out_images_are_not_trained_on(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    images = few_digits.train.images.clone()
+    images[-few_digits.validation_size :] = 0.5
+    other = replace(few_digits, train=Split(images, few_digits.train.labels))
+    results = []
+    for data in (few_digits, other):
+        student = net()
+        train(student, ST(), data, Schedule(2), device="cpu")
+        results.append(weights(student))
+    assert same(*results)
+
+
+def test_every_epoch_shows_all_fitting_images_in_an_order_of_its_own(
+    net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    student = net()
+    seen = watched(student)
+    train(student, ST(), few_digits, Schedule(3, batch_size=24, augment=False), device="cpu")
+    epochs = [seen[start : start + 64] for start in range(0, len(seen), 64)]
+    expected = sorted(image.numpy().tobytes() for image in few_digits.fitting.images)
+    assert [sorted(epoch) for epoch in epochs] == [expected] * 3
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_the_rate_moves_with_every_step(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    rates: list[float] = []
+    schedule = Schedule(2, batch_size=16, policy="one_cycle")
+    train(
+        net(), ST(), few_digits, schedule, device="cpu",
+        callbacks=[lambda state: rates.append(state.optimizer.param_groups[0]["lr"])],
+    )  # fmt: skip
+    # The last of an epoch's four steps has its middle at seven eighths.
+    assert rates == pytest.approx([schedule.rate(0, 7 / 8), schedule.rate(1, 7 / 8)])
+
+
+def test_augmentation_is_a_switch(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    originals = {image.numpy().tobytes() for image in few_digits.fitting.images}
+    kept: dict[bool, int] = {}
+    for augment in (False, True):
+        student = net()
+        seen = watched(student)
+        train(student, ST(), few_digits, Schedule(1, batch_size=16, augment=augment), device="cpu")
+        assert len(seen) == 64
+        kept[augment] = sum(image in originals for image in seen)
+    assert kept[False] == 64 and kept[True] < 40
+
+
+RESUMABLE: dict[str, tuple[Method, dict[str, Any], str]] = {
+    "st": (ST(), {}, "sgd"),
+    "st with batch norm": (ST(), {"batch_norm": True}, "sgd"),
+    "st with adamw": (ST(), {}, "adamw"),
+    "kdiga with dropout": (KDIGA(), {"dropout": 0.5}, "sgd"),
+    "trades with dropout": (TRADES(ATTACK), {"dropout": 0.5}, "sgd"),
+    "igam": (IGAM(), {}, "sgd"),
+}
+
+
+class StopError(Exception):
+    """The power is cut."""
+
+
+@pytest.mark.parametrize("selection", ["last", "validation"])
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(
+    name: str, selection: str, net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    method, options, optimizer = RESUMABLE[name]
+    teacher = net(9)
+    schedule = Schedule(
+        4,
+        batch_size=16,
+        learning_rate=0.2 if optimizer == "sgd" else 0.01,
+        optimizer=optimizer,
+        policy="one_cycle",
+        selection=selection,
+        selection_epsilon=0.02,
+    )
+
+    def run(student: nn.Module, **arguments: Any) -> History:
+        return train(student, method, few_digits, schedule, teacher=teacher, seed=3, device="cpu", **arguments)
+
+    uninterrupted = net(0, **options)
+    expected = run(uninterrupted)
+    saved: list[tuple[Weights, str]] = []
+
+    def save_and_stop(state: TrainingState) -> None:
+        saved.append((state.tensors(), json.dumps(state.record())))
+        if state.epoch == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(net(0, **options), callbacks=[save_and_stop])
+    tensors, record = saved[-1]
+    torch.manual_seed(99)
+    # Other initial weights, so that nothing but the state can bring the two together.
+    resumed = net(5, **options)
+    history = run(resumed, resume=(tensors, json.loads(record)))
+    assert same(weights(resumed), weights(uninterrupted))
+    assert rows(history) == rows(expected) and len(history.rows) == 4
+    assert history.selected_epoch == expected.selected_epoch
+
+
+def test_a_finished_training_resumes_to_its_own_end(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    states: list[tuple[Weights, dict[str, Any]]] = []
+    schedule = Schedule(2, selection="validation")
+    student = net(0)
+    history = train(
+        student, ST(), few_digits, schedule, device="cpu",
+        callbacks=[lambda state: states.append((state.tensors(), json.loads(json.dumps(state.record()))))],
+    )  # fmt: skip
+    again = net(5)
+    resumed = train(again, ST(), few_digits, schedule, device="cpu", resume=states[-1])
+    assert same(weights(again), weights(student)) and rows(resumed) == rows(history)
+
+
+def test_a_saved_state_stays_as_it_was_while_the_training_goes_on(
+    net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    states: list[tuple[Weights, dict[str, Any]]] = []
+    copies: list[tuple[Weights, dict[str, Any]]] = []
+
+    def save(state: TrainingState) -> None:
+        states.append((state.tensors(), state.record()))
+        copies.append(deepcopy(states[-1]))
+
+    train(net(), ST(), few_digits, Schedule(3), device="cpu", callbacks=[save])
+    for (tensors, record), (tensors_then, record_then) in zip(states, copies, strict=True):
+        assert same(tensors, tensors_then)
+        assert record == record_then
+
+
+@pytest.mark.parametrize("selection", ["last", "validation", "best_on_test"])
+def test_the_selected_epoch_is_kept(selection: str, net: Callable[..., nn.Module], few_digits: Data) -> None:
+    """A good net is taught to answer one too many; the parts it is selected on keep the true labels."""
+    student = net()
+    train(student, ST(), few_digits, Schedule(10, batch_size=16), device="cpu")
+    labels = few_digits.train.labels.clone()
+    end = len(labels) - few_digits.validation_size
+    labels[:end] = (labels[:end] + 1) % 10
+    spoilt = replace(few_digits, train=Split(few_digits.train.images, labels))
+    epochs: list[Weights] = []
+    schedule = Schedule(5, batch_size=16, learning_rate=0.02, selection=selection, selection_epsilon=0.01)
+    history = train(
+        student, ST(), spoilt, schedule, device="cpu", callbacks=[lambda state: epochs.append(weights(state.student))]
+    )
+    assert same(weights(student), epochs[history.selected_epoch - 1])
+    if selection == "last":
+        assert history.selected_epoch == 5 and "selection_robust" not in history.rows[0]
+        return
+    scores = [row["selection_robust"] for row in history.rows]
+    assert scores[history.selected_epoch - 1] == max(scores) and history.selected_epoch < 5
+    part = spoilt.validation if selection == "validation" else spoilt.test
+    assert accuracy(student, *part, attack=PGD(0.01, 0.001, 20)).percent == max(scores)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_training_of_the_head_moves_the_head_alone(
+    batch_norm: bool, net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    student = net(batch_norm=batch_norm)
+    before = weights(student)
+    train(student, ST(), few_digits, Schedule(2, trainable="head"), device="cpu")
+    moved = {name for name, tensor in weights(student).items() if not torch.equal(tensor, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("method", [KD(), KDIGA(), ARD(ATTACK), IGAM()], ids=lambda m: type(m).__name__)
+def test_the_teacher_comes_back_as_it_went(method: Method, net: Callable[..., nn.Module], few_digits: Data) -> None:
+    teacher = net(1, batch_norm=True, dropout=0.5).train()
+    teacher.get_submodule("norm").eval()
+    teacher.get_parameter("conv.bias").requires_grad_(False)
+    before = weights(teacher)
+    flags = [parameter.requires_grad for parameter in teacher.parameters()]
+    modes = {name: module.training for name, module in teacher.named_modules()}
+    during: list[bool] = []
+
+    def look(state: TrainingState) -> None:
+        during.append(any(m.training for m in teacher.modules()) or any(p.requires_grad for p in teacher.parameters()))
+
+    train(net(0), method, few_digits, Schedule(1), teacher=teacher, device="cpu", callbacks=[look])
+    assert during == [False]
+    assert same(weights(teacher), before)
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == flags
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert {name: module.training for name, module in teacher.named_modules()} == modes
+
+
+def test_the_teacher_comes_back_as_it_went_even_after_a_failure(
+    net: Callable[..., nn.Module], few_digits: Data
+) -> None:
+    teacher = net(1).train()
+    with pytest.raises(TrainingError):
+        train(net(0), KD(lambda_kl=1e39), few_digits, Schedule(1), teacher=teacher, device="cpu")
+    assert teacher.training and all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_missing_teacher_is_refused_before_any_step(net: Callable[..., nn.Module], few_digits: Data) -> None:
+    student = net()
+    before = weights(student)
+    with pytest.raises(ValueError, match="KDIGA needs a teacher"):
+        train(student, KDIGA(), few_digits, Schedule(1), device="cpu")
+    assert same(weights(student), before)
+
+
+@pytest.mark.parametrize("device", [None, "auto", "cpu", torch.device("cpu")])
+def test_a_device_that_is_there(device: str | torch.device | None) -> None:
+    expected = "cpu" if device not in (None, "auto") or not torch.cuda.is_available() else "cuda"
+    assert resolve_device(device).type == expected
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:zero"])
+def test_a_device_that_is_not_there_is_refused(device: str, net: Callable[..., nn.Module], few_digits: Data) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' is not there.*use cpu, cuda or auto"):
+        resolve_device(device)
+    with pytest.raises(ValueError, match="is not there"):
+        train(net(), ST(), few_digits, Schedule(1), device=device)
