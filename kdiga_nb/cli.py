@@ -13,12 +13,13 @@ from typing import Annotated, Any
 
 import nbformat
 import typer
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts import ARTIFACTS, Experiment
-from kdiga_nb.params import ParameterError, parse_override, read
-from kdiga_nb.runs import Job, Outcome, StoreError, ancestors, run_all, run_key, title
+from kdiga_nb.params import ParameterError, WalkthroughParams, parse_override, read
+from kdiga_nb.runs import Job, Outcome, StoreError, ancestors, check_writable, list_store, run_all, run_key, title
 
 app = typer.Typer(
     add_completion=False,
@@ -58,26 +59,38 @@ def artefact_names(scale: str) -> list[str]:
     return [name for name in order if name in found]
 
 
+def model_of(name: str) -> type[BaseModel]:
+    """The parameters' model of a notebook."""
+    return ARTIFACTS[name].params if name in ARTIFACTS else WalkthroughParams
+
+
 def load(scale: str, name: str, overrides: dict[str, Any]) -> Experiment | None:
     """The experiment of an artefact at a scale, its parameter file checked; None for a notebook that only explains.
+
+    Overrides that the notebook has no parameter for are left out.
 
     Raises:
         ParameterError: a key or value that cannot be used.
     """
     path = paths.params(scale, name)
-    notebook = paths.NOTEBOOKS / f"{name}.ipynb"
-    if name not in ARTIFACTS:
-        return None
-    artifact = ARTIFACTS[name]
-    params = read(artifact.params, path, overrides)
-    import yaml
-
-    foreign = (set(yaml.safe_load(path.read_text())) | set(overrides)) - notebook_parameters(notebook)
+    known = notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb")
+    params: Any = read(model_of(name), path, {key: value for key, value in overrides.items() if key in known})
+    foreign = set(type(params).model_fields) - known
     if foreign:
-        raise ParameterError(f"{path.parent.name}/{path.name}: {', '.join(sorted(foreign))}: not in the notebook")
+        raise ParameterError(f"notebooks/{name}.ipynb: {', '.join(sorted(foreign))}: not in its parameters cell")
     if params.scale != scale:
-        raise ParameterError(f"{path.parent.name}/{path.name}: scale: must be {scale}, got {params.scale!r}")
-    return artifact.build(params)
+        raise ParameterError(f"params/{scale}/{path.name}: scale: must be {scale}, got {params.scale!r}")
+    return ARTIFACTS[name].build(params) if name in ARTIFACTS else None
+
+
+def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
+    """``--set`` options, each known to at least one of the notebooks."""
+    overrides = dict(parse_override(text) for text in texts or [])
+    known = sorted({field for name in names for field in model_of(name).model_fields})
+    for key in overrides:
+        if key not in known:
+            raise ParameterError(f"--set {key}: unknown key; known are {', '.join(known)}")
+    return overrides
 
 
 @dataclass
@@ -89,7 +102,8 @@ class _Summary:
 @app.command()
 def reproduce(
     scale: Annotated[str, typer.Option(help="A folder of params/: smoke, digits, …")] = "digits",
-    only: Annotated[list[str] | None, typer.Option(help="Artefacts to make, e.g. table1; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Artefacts to make: --only table1, or several.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, help="Further artefacts after --only.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and do nothing.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of every parameter file.")] = None,
@@ -99,12 +113,14 @@ def reproduce(
     if scale not in scales():
         raise _fail(f"--scale: must be one of {', '.join(scales())}, got {scale!r}")
     known = artefact_names(scale)
-    names = only or known
+    if more and not only:
+        raise _fail(f"unexpected argument {more[0]!r}; artefacts are named with --only")
+    names = [*(only or known), *(more or [])]
     for name in names:
         if name not in known:
             raise _fail(f"--only: must be one of {', '.join(known)}, got {name!r}")
     try:
-        overrides = dict(parse_override(text) for text in set_ or [])
+        overrides = _overrides(set_, names)
         experiments = {name: load(scale, name, overrides) for name in names}
     except ParameterError as error:
         raise _fail(str(error)) from None
@@ -115,6 +131,11 @@ def reproduce(
     if dry_run:
         _print_plan(experiments, todo)
         return
+    try:
+        check_writable(paths.runs())
+        check_writable(paths.executed(scale))
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
     outcome = _train_and_measure(todo, workers, experiments)
     summary = _run_notebooks(scale, names, overrides, workers)
     _print_summary(outcome, summary, scale, time.perf_counter() - started)
@@ -161,7 +182,6 @@ def _train_and_measure(todo: list[Job], workers: int, experiments: dict[str, Exp
 def _run_notebooks(scale: str, names: list[str], overrides: dict[str, Any], workers: int) -> _Summary:
     """Each notebook in a papermill process of its own; one that fails leaves its output and stops no other."""
     home = paths.executed(scale)
-    home.mkdir(parents=True, exist_ok=True)
     summary = _Summary([], {})
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(names), desc="notebooks", unit="notebook") as bar:
         futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in names}
@@ -180,7 +200,8 @@ def _papermill(scale: str, name: str, overrides: dict[str, Any], home: Path) -> 
     """Run one notebook; the reason if it failed."""
     command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(home / f"{name}.ipynb")]
     command += ["-f", str(paths.params(scale, name)), "--no-progress-bar", "--no-log-output", "-k", "python3"]
-    for key, value in overrides.items():
+    for key in overrides.keys() & model_of(name).model_fields.keys():
+        value = overrides[key]
         command += ["-y", json.dumps({key: value})]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     if finished.returncode == 0:
@@ -214,7 +235,7 @@ def train(
     if file.stem not in ARTIFACTS:
         raise _fail(f"{file}: the file's name must be one of {', '.join(ARTIFACTS)}")
     try:
-        overrides = dict(parse_override(text) for text in set_ or [])
+        overrides = _overrides(set_, [file.stem])
         artifact = ARTIFACTS[file.stem]
         experiment = artifact.build(read(artifact.params, file.resolve(), overrides))
         rows = [experiment.row(row)] if row else list(experiment.rows)
@@ -234,8 +255,6 @@ def train(
 @app.command()
 def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """List the run store: finished runs and those under way."""
-    from kdiga_nb.runs import list_store
-
     found = list_store()
     if json_:
         typer.echo(json.dumps(found, indent=1))

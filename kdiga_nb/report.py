@@ -48,14 +48,15 @@ class ReproductionError(RuntimeError):
     """Some jobs of an experiment failed; the message lists them."""
 
 
-def reproduce(experiment: Experiment, *, workers: int = 1) -> Outcome:
-    """Train and measure what the store lacks, with a progress bar.
+def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
+    """Train and measure what the store lacks, with a progress bar, over ``workers`` processes (default: one a core).
 
     Raises:
         ReproductionError: a job failed; everything that could be finished is in the store.
     """
     jobs = experiment.jobs()
-    with tqdm(total=1, desc=experiment.name, unit="job", leave=False, disable=None) as bar:
+    cached = all(job.is_done() for job in jobs)
+    with tqdm(total=len(jobs), desc=experiment.name, unit="job", leave=False, disable=cached) as bar:
 
         def progress(done: int, total: int, title: str) -> None:
             bar.total = total

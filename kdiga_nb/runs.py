@@ -232,16 +232,25 @@ def measure_name(measure: Measure, reference: Source | None = None) -> str:
 # ---- the store's files ----
 
 
+def check_writable(home: Path) -> None:
+    """Make a folder and a file in it, to learn before any work whether that is possible.
+
+    Raises:
+        StoreError: it is not.
+    """
+    probe = home / f".probe-{os.getpid()}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(f"the folder {home} cannot be written: {error.strerror or error}") from error
+
+
 def _lock(run: Run) -> FileLock:
     """The run's lock. The operating system drops it when its process dies, however it dies."""
-    try:
-        paths.runs().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(paths.runs() / f"{run_key(run)}.lock")
-        with lock:
-            pass
-    except OSError as error:
-        raise StoreError(f"the runs folder {paths.runs()} cannot be written: {error.strerror or error}") from error
-    return lock
+    check_writable(paths.runs())
+    return FileLock(paths.runs() / f"{run_key(run)}.lock")
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -264,7 +273,7 @@ def _write_json(path: Path, value: Any) -> None:
 def _measures(run: Run) -> dict[str, Any]:
     try:
         return json.loads((folder(run) / "measures.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
         log.warning("run %s: measures.json is damaged; measuring again", run_key(run))
@@ -492,6 +501,7 @@ def run_all(
     outcome = Outcome(cached=len(graph) - len(todo))
     if not todo:
         return outcome
+    check_writable(paths.runs())
     workers = workers or os.cpu_count() or 1
     if executor is not None:
         _schedule(todo, executor, device, outcome, progress)

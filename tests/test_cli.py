@@ -213,11 +213,11 @@ def test_reproduced_again_everything_is_cached(reproduced: tuple[Place, subproce
 def test_plain_papermill_with_a_parameter_of_ones_own(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
     place, _ = reproduced
     source = str(paths.NOTEBOOKS / "table5.ipynb")
-    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lambda_iga", "4", "-p", "epsilon", "8/255"]
+    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lambda_iga", "4", "-p", "weight_decay", "1/2000"]
     done = place.call("papermill", source, "out.ipynb", *options, "-k", "python3")
     assert done.returncode == 0, done.stderr
     parameters = json.loads((place.figures / "table5.json").read_text())["parameters"]
-    assert (parameters["lambda_iga"], parameters["epsilon"]) == (4.0, 8 / 255)
+    assert (parameters["lambda_iga"], parameters["weight_decay"]) == (4.0, 1 / 2000)
 
 
 def test_papermill_with_a_misspelt_parameter_stops_before_it_trains(tmp_path: Path):

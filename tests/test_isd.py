@@ -1,12 +1,13 @@
 """Chains of self-distillation: each a prefix of the next, with the teachers, starts and rates of Algorithms 2 and 3."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
+from kdiga_nb.attacks import PGD
 from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
 from kdiga_nb.methods import KDIGA, ST, TRADES
-from kdiga_nb.attacks import PGD
 from kdiga_nb.runs import Checkpoint, Run, ancestors, load_or_train, run_key
 from kdiga_nb.training import Schedule
 
@@ -34,14 +35,14 @@ def test_number_of_runs(loops: int):
 @pytest.mark.parametrize("chain", [without, with_teacher])
 def test_a_longer_chain_starts_with_the_shorter_one(chain: Callable[[int], list[Run]]):
     chains = [chain(loops) for loops in range(1, 6)]
-    for shorter, longer in zip(chains, chains[1:], strict=False):
+    for shorter, longer in pairwise(chains):
         assert longer[:-1] == shorter
         assert [run_key(run) for run in longer[:-1]] == [run_key(run) for run in shorter]
 
 
 @pytest.mark.parametrize("chain", [without(4), with_teacher(4)], ids=["WoT", "WiT"])
 def test_every_later_loop_distils_and_starts_from_the_one_before(chain: list[Run]):
-    for previous, run in zip(chain, chain[1:], strict=False):
+    for previous, run in pairwise(chain):
         assert run.teacher == previous
         assert run.init == previous
         assert run.schedule.learning_rate == pytest.approx(MU * SCHEDULE.learning_rate)

@@ -1,4 +1,4 @@
-"""Parameters: every shipped file, every default, and a table of what is refused, in one line each, before any training."""
+"""Parameters: every shipped file, every default, and a table of what is refused, a line a fault, before any training."""
 
 import ast
 from pathlib import Path
@@ -98,7 +98,8 @@ def test_what_every_artefact_has_is_the_same_in_all_of_a_scale(scale: str, name:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("8/255", 8 / 255), ("1e-3", 1e-3), ("0.5", 0.5), ("1", 1.0), ("1/4", 0.25), (" 8/255", 8 / 255)]
+    ("text", "number"),
+    [("8/255", 8 / 255), ("1e-3", 1e-3), ("0.5", 0.5), ("1", 1.0), ("1/4", 0.25), (" 8/255", 8 / 255)],
 )
 def test_numbers_written_as_strings(text: str, number: float, tmp_path: Path):
     path = tmp_path / "table5.yaml"
@@ -275,12 +276,12 @@ def test_a_notebooks_own_names_are_no_parameters():
 
 @pytest.mark.parametrize("value", [3, 3.0, "3", None, [3], {"a": 3}, True])
 def test_a_misspelt_name_that_was_injected_is_caught(value: Any):
-    with pytest.raises(ParameterError, match="^notebook parameters: lamda_iga: unknown key"):
+    with pytest.raises(ParameterError, match=r"^notebook parameters: lamda_iga: unknown key"):
         from_notebook(Table5Params, namespace(lamda_iga=value))
 
 
 def test_a_bad_value_that_was_injected_is_caught():
-    with pytest.raises(ParameterError, match="^notebook parameters: epsilon: .*got 5"):
+    with pytest.raises(ParameterError, match=r"^notebook parameters: epsilon: .*got 5"):
         from_notebook(Table5Params, namespace(epsilon=5))
 
 
