@@ -121,6 +121,7 @@ def _schedule(
     params: Params, epochs: int | None = None, *, learning_rate: float | None = None, trainable: str = "all"
 ) -> Schedule:
     epochs = epochs or params.epochs
+    selection = "best_on_test" if params.preset == "author_code" else params.selection
     return Schedule(
         epochs=epochs,
         batch_size=params.batch_size,
@@ -130,8 +131,8 @@ def _schedule(
         weight_decay=params.weight_decay,
         clip_norm=params.clip_norm,
         augment=params.augment,
-        selection="best_on_test" if params.preset == "author_code" else params.selection,
-        selection_epsilon=params.epsilon,
+        selection=selection,
+        selection_epsilon=0.0 if selection == "last" else params.epsilon,
         learning_rate=learning_rate or params.learning_rate,
         trainable=trainable,
     )

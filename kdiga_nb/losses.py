@@ -2,7 +2,8 @@
 
 Shapes: B examples, N classes, images (B, C, H, W) with pixels in [0, 1]. Losses are in nats, one value an example, and
 are reduced by the caller, in one visible place. A divergence is exactly zero where its arguments are equal, and its
-gradient is finite there: iterative self-distillation starts at that point.
+gradient is finite there: iterative self-distillation starts at that point (nearly so where batch normalisation makes
+a student in train mode and its teacher in eval mode different functions of the same weights).
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def input_gradient(
     """Gradient of the SUMMED cross-entropy with respect to the pixels, and the logits, from one forward pass.
 
     The sum makes each row the gradient of that example's own loss, whatever the batch size (a mean would divide it by
-    B) as long as the model treats examples independently.
+    B). In train mode batch normalisation mixes the examples, and a row is then the gradient of the whole batch's loss.
 
     Args:
         model: images (B, C, H, W) -> logits (B, N).

@@ -110,7 +110,8 @@ class KDIGA(Method):
 
     With a one-step ``attack`` this is KDIGA+FGSM of Appendix H. The gradient that the alignment computes is reused for
     the step: g_s and g_t are aligned where the attack starts (x itself for FGSM, a random point of the ball for a
-    random start), and CE and KL are taken at the point one step along the sign of g_s. No gradient is computed that
+    random start), and CE and KL are taken at the point one step along the sign of g_s. (The paper also says that the
+    alignment is on perturbed images, which would take a second gradient.) No gradient is computed that
     KDIGA does not compute anyway; the price is one more forward pass of each net.
     """
 

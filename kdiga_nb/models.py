@@ -96,9 +96,9 @@ def _digits_cnn(width: int) -> Callable[[int, ImageShape, float], nn.Module]:
 
 
 MODELS: dict[str, Callable[[int, ImageShape, float], nn.Module]] = {
-    "digits_small": _digits_cnn(12),
-    "digits_medium": _digits_cnn(16),
-    "digits_large": _digits_cnn(20),
+    "digits_small": _digits_cnn(8),
+    "digits_medium": _digits_cnn(12),
+    "digits_large": _digits_cnn(16),
     "digits_wide": _digits_cnn(24),
     "digits_vit": DigitsViT,
 }

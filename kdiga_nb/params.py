@@ -31,6 +31,8 @@ class ParameterError(ValueError):
 
 def _number(value: Any) -> Any:
     """8/255 and 1e-3 as numbers; anything else is left for pydantic to judge."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
     if isinstance(value, str):
         try:
             return float(Fraction(value)) if "/" in value else float(value)
@@ -41,7 +43,7 @@ def _number(value: Any) -> Any:
 
 def _one_of(names: Mapping[str, Any] | tuple[str, ...]) -> BeforeValidator:
     def check(value: Any) -> Any:
-        if value not in names:
+        if not isinstance(value, str) or value not in names:
             raise ValueError(f"must be one of {', '.join(names)}")
         return value
 
@@ -53,7 +55,7 @@ def _device(value: Any) -> Any:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Radius = Annotated[Number, Field(ge=0, le=1)]
 Weight = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -114,6 +116,8 @@ class Params(BaseModel):
             raise ValueError(f"milestones: must rise and lie between 0 and epochs = {self.epochs}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: each may stand only once")
+        if self.selection == "best_on_test" and self.preset != "author_code":
+            raise ValueError("selection: best_on_test is what preset author_code does; choose last or validation")
         return self
 
 
@@ -142,7 +146,7 @@ class Table3Params(Table1Params):
     """Table 3: the terms of Proposition 2."""
 
     bound_images: Count = 500
-    llm_steps: Count = 50
+    llm_steps: Count = 20
 
 
 class Table4Params(IsdParams):
@@ -155,7 +159,7 @@ class Table4Params(IsdParams):
 class Table5Params(Params):
     """Table 5: KDIGA+FGSM."""
 
-    fgsm_student: ModelName = "digits_medium"
+    fgsm_student: ModelName = "digits_small"
     fgsm_epochs: Count = 15
 
 
@@ -197,13 +201,13 @@ class WalkthroughParams(BaseModel):
     device: Annotated[str, BeforeValidator(_device)] = "auto"
 
 
-def faults(error: ValidationError) -> list[str]:
+def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line for each fault: key, what is wrong, what was given."""
     lines = []
     for fault in error.errors():
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key; known are {', '.join(known_names(error))}")
+            lines.append(f"{key}: unknown key; known are {', '.join(model.model_fields)}")
             continue
         message = fault["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
@@ -211,22 +215,12 @@ def faults(error: ValidationError) -> list[str]:
     return lines
 
 
-def known_names(error: ValidationError) -> list[str]:
-    """The keys of the model that an error came from."""
-    model = next((cls for cls in _all_models(Params) if cls.__name__ == error.title), Params)
-    return list(model.model_fields)
-
-
-def _all_models(cls: type[Params]) -> list[type[Params]]:
-    return [cls, *(found for sub in cls.__subclasses__() for found in _all_models(sub))]
-
-
 def build(model: type[P], values: Mapping[str, Any], source: str) -> P:
     """The parameters, or a ``ParameterError`` whose every line opens with ``source``."""
     try:
         return model(**values)
     except ValidationError as error:
-        raise ParameterError("\n".join(f"{source}: {line}" for line in faults(error))) from None
+        raise ParameterError("\n".join(f"{source}: {line}" for line in faults(error, model))) from None
 
 
 def read(model: type[P], path: Path, overrides: Mapping[str, Any] | None = None) -> P:

@@ -108,7 +108,9 @@ def describe(value: Any) -> Any:
     """A run, method, attack, schedule or measure as plain JSON; ancestors stand by their key."""
     if is_dataclass(value) and not isinstance(value, type):
         name = _NAMES.get(type(value), type(value).__name__)
-        body = {item.name: _nested(getattr(value, item.name)) for item in fields(value) if item.init}
+        # By its declared type: a weight of 3 and one of 3.0 are the same run.
+        values = {item: getattr(value, item.name) for item in fields(value) if item.init}
+        body = {item.name: float(v) if item.type in (float, "float") else _nested(v) for item, v in values.items()}
         return {"type": name} | body
     return _nested(value)
 
@@ -272,7 +274,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _measures(run: Run) -> dict[str, Any]:
     try:
-        return json.loads((folder(run) / "measures.json").read_text())
+        measures = json.loads((folder(run) / "measures.json").read_text())
+        if not isinstance(measures, dict):
+            raise ValueError("not a mapping")
+        return measures
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
@@ -285,17 +290,37 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _set_aside_if_damaged(run: Run) -> bool:
-    """Move a finished run whose files do not fit its record out of the way; True if that happened."""
+def _content(tensors: dict[str, torch.Tensor]) -> str:
+    """One sha256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _damage(run: Run) -> str | None:
+    """What is wrong with a finished run's files; None if nothing is."""
     home = folder(run)
     try:
         record = json.loads((home / "run.json").read_text())
-        if record["sha256"] == _digest(home / "model.safetensors") and (home / "history.csv").exists():
-            return False
-        reason = "the weights do not match their sha256"
-    except (OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        if record["sha256"] != _digest(home / "model.safetensors"):
+            return "the weights do not match their sha256"
+        return None if (home / "history.csv").exists() else "history.csv is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _set_aside_if_damaged(run: Run) -> bool:
+    """Move a finished run whose files do not fit its record out of the way; True if that happened."""
+    if _damage(run) is None:
+        return False
+    home = folder(run)
     with _lock(run):
+        # Looked at again under the lock: another process may have set it aside and trained it meanwhile.
+        reason = _damage(run)
+        if reason is None:
+            return False
         if not home.exists():
             return True
         aside = home.with_name(f"{home.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -335,12 +360,14 @@ def _load_checkpoint(checkpoint: Checkpoint) -> nn.Module:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in any way; none of them is worth a traceback
         raise StoreError(f"checkpoint {path}: not a {checkpoint.format} file ({error})".splitlines()[0]) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise StoreError(f"checkpoint {path}: not a mapping of names to tensors")
     data = load_data(dataset)
     model = build_model(name, num_classes=data.num_classes, image_shape=data.image_shape)
     wanted = model.state_dict()
     for key in [*wanted, *state]:
         if key not in state or key not in wanted:
-            raise StoreError(f"checkpoint {path}: {key} is {'missing' if key in wanted else 'not part'} of {name}")
+            raise StoreError(f"checkpoint {path}: {key} {'is missing' if key in wanted else f'is not part of {name}'}")
         if state[key].shape != wanted[key].shape:
             shapes = f"{tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
             raise StoreError(f"checkpoint {path}: {key} has shape {shapes}")
@@ -367,8 +394,8 @@ def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -
             if state.epoch < state.epochs:
                 seconds = before + time.perf_counter() - started
                 record = state.record() | {"seconds": seconds, "run": describe(run)}
-                metadata = {"record": json.dumps(record)}
                 tensors = state.tensors()
+                metadata = {"record": json.dumps(record), "sha256": _content(tensors)}
                 path = home / "checkpoint.safetensors"
                 _replace(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
 
@@ -407,7 +434,10 @@ def _load_training(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["record"])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if _content(tensors) != file.metadata()["sha256"]:
+                raise ValueError("its tensors do not match their sha256")
+            return tensors, record
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         log.warning("run %s: its checkpoint cannot be read (%s); training from the start", run_key(run), error)
         return None

@@ -169,6 +169,8 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     Raises:
         ValueError: a device that is not there.
     """
+    if not isinstance(device, str | torch.device | None):
+        raise ValueError(f"device must be a name, got {device!r}")
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

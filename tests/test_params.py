@@ -1,4 +1,4 @@
-"""Parameters: every shipped file, every default, and a table of what is refused, a line a fault, before any training."""
+"""Parameters: every shipped file, every default, and a table of what is refused, a line a fault, before training."""
 
 import ast
 from pathlib import Path
