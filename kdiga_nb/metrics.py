@@ -114,14 +114,19 @@ def _linearity(
 
 def measured_gap(
     student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, epsilon: float, *, steps: int = 50
-) -> tuple[Tensor, Tensor]:
-    """The left side of Proposition 2, max over ‖δ‖∞ ≤ ε of |CE(f_s(x+δ), y) − CE(f_t(x+δ), y)|.
+) -> Tensor:
+    """The left side of Proposition 2, max over ‖δ‖∞ ≤ ε of |CE(f_s(x+δ), y) − CE(f_t(x+δ), y)|, (B,) in nats.
 
     Searched like ``local_linearity``, so it too is a lower bound of the true maximum.
-
-    Returns:
-        (B,) gaps in nats, and the perturbations (B, C, H, W) where they were found.
     """
+    gap, _ = _gap(student, teacher, x, y, epsilon, steps)
+    return gap
+
+
+def _gap(
+    student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """``measured_gap``, and the perturbations (B, C, H, W) where it was found."""
     check_inputs(student, x, y)
     with frozen(student), frozen(teacher):
 
@@ -291,7 +296,7 @@ class Bounds(Measure):
         if reference is None:
             raise ValueError("the terms of Proposition 2 need a reference teacher")
         x, y = _test_part(data, model, self.images)
-        gap, found = measured_gap(model, reference, x, y, self.epsilon, steps=self.steps)
+        gap, found = _gap(model, reference, x, y, self.epsilon, self.steps)
         # γ is only searched for; looking where the gap was found keeps a short search from faking a violation.
         terms = _bound_terms(model, reference, x, y, self.epsilon, "l1", self.steps, [found])
         with frozen(model), frozen(reference):
