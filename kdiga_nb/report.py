@@ -12,7 +12,8 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -128,6 +129,14 @@ def value(table: pd.DataFrame, row: str, metric: str) -> float:
     """One number of a long table; NaN if it was not measured."""
     found = table.loc[(table["row"] == row) & (table["metric"] == metric), "value"]
     return float(found.iloc[0]) if len(found) else math.nan
+
+
+def values(table: pd.DataFrame) -> Mapping[tuple[str, str], float]:
+    """The numbers of a long table by (row, metric); NaN for what was not measured, which bears out no claim."""
+    found: defaultdict[tuple[str, str], float] = defaultdict(lambda: math.nan)
+    for row, metric, number in zip(table["row"], table["metric"], table["value"], strict=True):
+        found[str(row), str(metric)] = float(number)
+    return found
 
 
 def best(table: pd.DataFrame, rows: Sequence[str], metric: str) -> str:
@@ -267,7 +276,7 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
                 axes.plot(entry["reported"], y, "D", markersize=4, markerfacecolor="white", markeredgecolor="black")
         labels.append(label if ran else f"{label} (not run)")
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(ylabel)
     axes.set_title(title)
     handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(metrics))]

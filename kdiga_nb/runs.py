@@ -206,16 +206,19 @@ def measure(
         return cached
     model = load_or_train(run, device=device)
     other = None if reference is None else load_or_train(reference, device=device)
-    partial = folder(run) / f"partial-{hashlib.sha256(name.encode()).hexdigest()[:8]}.json"
+    tag = hashlib.sha256(name.encode()).hexdigest()[:8]
+    partial = folder(run) / f"partial-{tag}.json"
     data = load_data(run.dataset)
-    started = time.perf_counter()
-    with _lock(run), computing(data.image_shape):
+    # One lock a measurement, so that two measurements of one run do not wait for each other.
+    with _lock(run, tag), computing(data.image_shape):
         cached = _measures(run).get(name)
         if cached is not None:
             return cached
+        started = time.perf_counter()
         result = measure(model, data, reference=other, state=partial)
         result["seconds"] = round(time.perf_counter() - started, 3)
-        _write_json(folder(run) / "measures.json", _measures(run) | {name: result})
+        with _lock(run):
+            _write_json(folder(run) / "measures.json", _measures(run) | {name: result})
         partial.unlink(missing_ok=True)
     return result
 
@@ -249,10 +252,10 @@ def check_writable(home: Path) -> None:
         raise StoreError(f"the folder {home} cannot be written: {error.strerror or error}") from error
 
 
-def _lock(run: Run) -> FileLock:
-    """The run's lock. The operating system drops it when its process dies, however it dies."""
+def _lock(run: Run, part: str = "") -> FileLock:
+    """The lock of a run, or of a part of it. The operating system drops it when its process dies, however it dies."""
     check_writable(paths.runs())
-    return FileLock(paths.runs() / f"{run_key(run)}.lock")
+    return FileLock(paths.runs() / f"{run_key(run)}{part and '-' + part}.lock")
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
