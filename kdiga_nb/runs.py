@@ -364,7 +364,7 @@ def _load_checkpoint(checkpoint: Checkpoint) -> nn.Module:
     except Exception as error:  # a foreign file can fail in any way; none of them is worth a traceback
         raise StoreError(f"checkpoint {path}: not a {checkpoint.format} file ({error})".splitlines()[0]) from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise StoreError(f"checkpoint {path}: not a mapping of names to tensors")
+        raise StoreError(f"checkpoint {path}: not a state_dict, a mapping of names to tensors")
     data = load_data(dataset)
     model = build_model(name, num_classes=data.num_classes, image_shape=data.image_shape)
     wanted = model.state_dict()

@@ -259,7 +259,10 @@ def test_a_parameter_reaches_its_row(name: str, key: str, value: Any, row: str):
 
 def test_evaluation_alone_leaves_the_runs_as_they_are():
     for name in ARTIFACTS:
-        before, after = (experiment("smoke", name, **extra) for extra in ({}, {"epsilon": 0.07, "pgd_steps": 9}))
+        changed: dict[str, Any] = {"epsilon": 0.07, "pgd_steps": 9}
+        if name in ("table2", "table6"):
+            changed["radii"] = [0.07]
+        before, after = (experiment("smoke", name, **extra) for extra in ({}, changed))
         assert trained(before) == trained(after)
         assert set(before.jobs()) != set(after.jobs())
 
