@@ -175,7 +175,7 @@ class Table2Params(Params):
     vit_weight_decay: Weight = 0.1
     vit_lambda_iga: Weight = 3.0
     finetune_epochs: Count = 15
-    finetune_learning_rate: Positive = 0.01
+    finetune_learning_rate: Positive = 0.006
     radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1]
     pgd_steps: Count = 40
 
