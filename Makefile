@@ -25,7 +25,7 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	$(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs $(or $(JOBS),2)
 	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 

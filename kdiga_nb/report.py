@@ -351,7 +351,7 @@ def plot_epsilon(table: pd.DataFrame, attack: str, rows: Sequence[str], title: s
     axes.set_ylabel(f"accuracy under {_pretty(attack)} (%)")
     axes.set_ylim(0, 101)
     axes.set_title(title)
-    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 
