@@ -66,7 +66,9 @@ def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
 
         outcome = run_all(jobs, workers=workers, device=experiment.params.device, progress=progress)
     if outcome.failed:
-        raise ReproductionError("; ".join(sorted(set(outcome.failed.values()))))
+        # The causes, not what failed because of them.
+        reasons = sorted({reason for reason in outcome.failed.values() if not reason.startswith("needs ")})
+        raise ReproductionError("; ".join(reasons))
     return outcome
 
 
