@@ -11,7 +11,6 @@ from typing import Any
 
 from kdiga_nb import reported
 from kdiga_nb.attacks import FGSM, PGD, AutoAttack
-from kdiga_nb.data import load_data
 from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
 from kdiga_nb.methods import (
     ARD,
@@ -500,9 +499,3 @@ ARTIFACTS: dict[str, Artifact] = {
     "table5": Artifact(Table5Params, table5),
     "table6": Artifact(Table6Params, table6),
 }
-
-
-def check_models(experiment: Experiment) -> None:
-    """Build every data set the experiment's runs name, so that a missing one is said before anything trains."""
-    for name in dict.fromkeys(run.dataset for row in experiment.rows for run in row.runs):
-        load_data(name)
