@@ -7,10 +7,14 @@ a student in train mode and its teacher in eval mode different functions of the 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kdiga_nb import distributed
+from kdiga_nb.operators import twice_differentiable
 
 NORMS = ("per_sample", "batch")
 
@@ -55,7 +59,8 @@ def input_gradient(
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)
+        with twice_differentiable() if create_graph else nullcontext():
+            logits = model(x)
         (gradient,) = torch.autograd.grad(cross_entropy(logits, y).sum(), x, create_graph=create_graph)
     return (gradient, logits) if create_graph else (gradient, logits.detach())
 
@@ -70,7 +75,8 @@ def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sam
       inner 1/B), one Frobenius norm is taken over the whole batch, and their coefficient is divided by the batch size
       (the outer 1/B). It equals B^-1.5 times the root mean square of ‖d_i‖₂.
 
-    ``torch.linalg.vector_norm`` has gradient 0 at 0, where ``sqrt(sum of squares)`` has NaN.
+    ``torch.linalg.vector_norm`` has gradient 0 at 0, where ``sqrt(sum of squares)`` has NaN. In a training over several
+    processes the batch is that of all of them.
 
     Raises:
         ValueError: an unknown norm.
@@ -78,6 +84,40 @@ def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sam
     difference = (g_student - g_teacher).flatten(1)
     if norm == "per_sample":
         return torch.linalg.vector_norm(difference, dim=1).mean()
-    if norm == "batch":
+    if norm == "batch" and distributed.world_size() == 1:
         return torch.linalg.vector_norm(difference) / len(difference) ** 2
+    if norm == "batch":
+        # The norm over the batch of all processes: of the vector of their norms.
+        norms = difference.new_zeros(distributed.world_size())
+        norms[distributed.rank()] = torch.linalg.vector_norm(difference)
+        examples = distributed.summed(difference.new_tensor(len(difference)))
+        return torch.linalg.vector_norm(distributed.summed(norms)) / examples**2
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+
+
+def logit_gradients(
+    model: nn.Module | Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of all logits with respect to the pixels, their mean over the classes taken off, and the logits.
+
+    A shift that all logits share changes neither softmax nor decision, so the mean is nothing a student must match: of
+    N gradients N − 1 are left. Matching them determines the decision in the linear region, which matching the one
+    gradient of the loss (Proposition 1) does only for N = 2. One forward pass and N backward passes.
+
+    Args:
+        model, x, create_graph: as in ``input_gradient``.
+
+    Returns:
+        (B, N, C, H, W) gradients in logits per unit of pixel value, (B, N) logits.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        with twice_differentiable() if create_graph else nullcontext():
+            logits = model(x)
+        rows = [
+            torch.autograd.grad(logits[:, label].sum(), x, create_graph=create_graph, retain_graph=True)[0]
+            for label in range(logits.shape[1])
+        ]
+        gradients = torch.stack(rows, dim=1)
+        gradients = gradients - gradients.mean(dim=1, keepdim=True)
+    return (gradients, logits) if create_graph else (gradients, logits.detach())

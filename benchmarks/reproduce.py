@@ -1,0 +1,73 @@
+"""How long ``kdiga reproduce`` takes from an empty store, and again when everything is there.
+
+    python benchmarks/reproduce.py [--scale digits] [--jobs 2]
+
+Each runs as a process of its own, with store and figures in a temporary folder; memory is the sum over its processes of
+the share of memory that is theirs (PSS on Linux), sampled each second.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from side_by_side import machine
+
+
+def shares(parent: int) -> float:
+    """MiB that a process and its descendants hold, shared pages counted once."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    total, left = 0, [parent]
+    while left:
+        process = left.pop()
+        left += children.get(process, [])
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def once(scale: str, jobs: int, home: Path) -> dict[str, Any]:
+    """Seconds, peak memory and closing lines of one reproduction."""
+    env = os.environ | {"KDIGA_RUNS": str(home / "runs"), "KDIGA_FIGURES": str(home / "figures")}
+    command = [sys.executable, "-m", "kdiga_nb.cli", "reproduce", "--scale", scale, "--jobs", str(jobs)]
+    started = time.perf_counter()
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, shares(process.pid))
+            time.sleep(1)
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 1), "peak_mib": round(peak), "status": process.returncode, "says": lines[-4:]}
+
+
+def main() -> None:
+    """Print the measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="digits")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        result = {"machine": machine(), "scale": arguments.scale, "jobs": arguments.jobs}
+        for kind in ("cold", "cached"):
+            result[kind] = once(arguments.scale, arguments.jobs, Path(home))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What a training step costs: standard, KDIGA as the kit computes it, KDIGA in the textbook's formulation.
+
+    python benchmarks/steps.py [--model mobilenet_v2] [--batch 32] [--rounds 9] [--scaling]
+
+Student and teacher are the same net, as in self-distillation. The textbook formulation is the authors' scheme written
+plainly with PyTorch's own modules: one forward pass of each net for the loss terms and one more for its input gradient.
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from side_by_side import alternate, machine
+from torch import Tensor, nn
+
+from kdiga_nb.losses import distillation_kl, gradient_distance
+from kdiga_nb.methods import KDIGA, ST, Method, Terms
+from kdiga_nb.models import build_model
+from kdiga_nb.operators import BatchNorm2d, Conv2d
+from kdiga_nb.training import train_step
+
+SHAPES = {"mobilenet_v2": (3, 32, 32), "preact_resnet18": (3, 32, 32), "wrn_28_10": (3, 32, 32)}
+SCALING = {
+    "model": ("digits_small", "digits_wide", "mobilenet_v2", "preact_resnet18"),
+    "batch": (16, 64, 128),
+    "side": (8, 16, 32, 64),
+}
+
+
+@dataclass(frozen=True)
+class Textbook(Method):
+    """KDIGA with a forward pass of its own for each gradient."""
+
+    lambda_iga: float = 1.0
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        assert teacher is not None
+        logits = student(x)
+        with torch.no_grad():
+            teacher_logits = teacher(x)
+        gradients = []
+        for net, graph in ((student, True), (teacher, False)):
+            pixels = x.clone().requires_grad_()
+            loss = F.cross_entropy(net(pixels), y, reduction="sum")
+            gradients += torch.autograd.grad(loss, pixels, create_graph=graph)
+        return {
+            "cross_entropy": 0.5 * F.cross_entropy(logits, y),
+            "distillation": 0.5 * distillation_kl(logits, teacher_logits).mean(),
+            "alignment": self.lambda_iga * gradient_distance(gradients[0], gradients[1]),
+        }
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy made of PyTorch's own modules."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, Conv2d | BatchNorm2d):
+            module.__class__ = type(module).__mro__[1]
+    return copied
+
+
+def steps(model: str, batch: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Callables that each make one step."""
+    torch.manual_seed(0)
+    ours = build_model(model, num_classes=10, image_shape=shape)
+    x, y = torch.rand(batch, *shape), torch.randint(0, 10, (batch,))
+
+    def step(net: nn.Module, method: Method) -> Any:
+        teacher = copy.deepcopy(net).eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
+        return lambda: train_step(net, teacher, method, optimizer, x, y)
+
+    return {
+        "standard": step(plain(ours), ST()),
+        "kdiga": step(copy.deepcopy(ours), KDIGA()),
+        "one forward, PyTorch's derivatives": step(plain(ours), KDIGA()),
+        "textbook": step(plain(ours), Textbook()),
+    }
+
+
+def measure(model: str, batch: int, rounds: int, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+    """Seconds of each kind of step, and the ratios that matter."""
+    shape = shape or SHAPES.get(model, (1, 8, 8))
+    seconds = alternate(steps(model, batch, shape), rounds)
+    median = {name: value["median"] for name, value in seconds.items()}
+    return {
+        "model": model,
+        "batch": batch,
+        "shape": shape,
+        "seconds": seconds,
+        "kdiga / standard": median["kdiga"] / median["standard"],
+        "textbook / kdiga": median["textbook"] / median["kdiga"],
+    }
+
+
+def scaling(rounds: int) -> list[dict[str, Any]]:
+    """Small nets to large, small batches to large, 8×8 images to 64×64."""
+    found = []
+    for model in SCALING["model"]:
+        digits = model.startswith("digits")
+        for side in SCALING["side"] if not digits else (8,):
+            for batch in SCALING["batch"] if side <= 32 else (16,):
+                found.append(measure(model, batch, rounds, (1 if digits else 3, side, side)))
+    return found
+
+
+def main() -> None:
+    """Print the measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mobilenet_v2")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scaling", action="store_true", help="also nets, batches and image sizes (minutes)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result: dict[str, Any] = {"machine": machine()}
+    result["step"] = measure(arguments.model, arguments.batch, arguments.rounds)
+    if arguments.scaling:
+        result["scaling"] = scaling(3)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
