@@ -5,11 +5,12 @@ Table 6 on Table 2's. To add a row, add it here; reports, figures and the comman
 for keep the paper's number and are marked "not run".
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kdiga_nb import reported
+from kdiga_nb import checkpoints, reported
 from kdiga_nb.attacks import FGSM, PGD, AutoAttack
 from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
 from kdiga_nb.methods import (
@@ -26,8 +27,11 @@ from kdiga_nb.methods import (
     effective_lambda_iga,
     with_preset,
 )
-from kdiga_nb.metrics import Bounds, Measure, TestAccuracy
+from kdiga_nb.metrics import Bounds, Linearity, Measure, TestAccuracy
 from kdiga_nb.params import (
+    EXPLORED,
+    NONE,
+    ExploreParams,
     IsdParams,
     Params,
     Table1Params,
@@ -37,10 +41,11 @@ from kdiga_nb.params import (
     Table5Params,
     Table6Params,
 )
-from kdiga_nb.runs import Job, Run
+from kdiga_nb.runs import Job, Run, Source
 from kdiga_nb.training import Schedule
 
 PerSeed = tuple[Run, ...]
+Nets = tuple[Source, ...]  # one a seed too, where published weights may stand in for a training
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Row:
 
     Attributes:
         id, label: a stable snake_case name, and what a reader sees.
-        runs: the trained nets, one a seed; empty if the scale has none ("not run").
+        runs: the trained nets, one a seed; empty if the scale trains none ("not run", or published weights).
         cells: what is measured on them.
         reported: the paper's numbers by metric.
         adversarial: whether training used adversarial examples ("Adv" in Table 1).
@@ -117,14 +122,19 @@ class Experiment:
 
 
 def _schedule(
-    params: Params, epochs: int | None = None, *, learning_rate: float | None = None, trainable: str = "all"
+    params: Params,
+    epochs: int | None = None,
+    *,
+    learning_rate: float | None = None,
+    policy: str | None = None,
+    trainable: str = "all",
 ) -> Schedule:
     epochs = epochs or params.epochs
     selection = "best_on_test" if params.preset == "author_code" else params.selection
     return Schedule(
         epochs=epochs,
         batch_size=params.batch_size,
-        policy=params.policy,
+        policy=policy or params.policy,
         milestones=tuple(milestone for milestone in params.milestones if milestone < epochs),
         compounding=params.preset != "author_code",
         weight_decay=params.weight_decay,
@@ -134,6 +144,8 @@ def _schedule(
         selection_epsilon=0.0 if selection == "last" else params.epsilon,
         learning_rate=learning_rate or params.learning_rate,
         trainable=trainable,
+        precision=params.precision,
+        images=params.train_images,
     )
 
 
@@ -151,9 +163,11 @@ def _method(params: Params, method: type[Method], **fields: Any) -> Method:
     return with_preset(method, params.preset, **({k: v for k, v in shared.items() if k in known} | fields))
 
 
-def _train_attack(params: Params) -> PGD:
-    """Adversarial training's attack: steps of ε/3 or longer, so that the last iterate can reach the ball's surface."""
-    return PGD(params.train_epsilon, params.train_epsilon / min(params.train_steps, 3), params.train_steps)
+def _train_attack(params: Params, steps: int | None = None) -> PGD:
+    """Adversarial training's attack: unless a step size is given, steps of ε/3 or longer, so that the last iterate can
+    reach the ball's surface."""
+    steps = steps or params.train_steps
+    return PGD(params.train_epsilon, params.train_step_size or params.train_epsilon / min(steps, 3), steps)
 
 
 def _runs(params: Params, method: Method, model: str | None = None, **changes: Any) -> PerSeed:
@@ -161,7 +175,7 @@ def _runs(params: Params, method: Method, model: str | None = None, **changes: A
     model = model or params.student
     schedule = changes.pop("schedule", None) or _schedule(params)
     per_seed = {name: value for name, value in changes.items() if isinstance(value, tuple)}
-    fixed = {"dataset": params.dataset} | {k: v for k, v in changes.items() if k not in per_seed}
+    fixed: dict[str, Any] = {"dataset": params.dataset} | {k: v for k, v in changes.items() if k not in per_seed}
     return tuple(
         Run(
             model=model,
@@ -179,17 +193,31 @@ def _standard(params: Params, model: str | None = None) -> PerSeed:
     return _runs(params, ST(), model)
 
 
-def _trades(params: Params) -> PerSeed:
-    schedule = _schedule(params, params.teacher_epochs)
-    return _runs(params, TRADES(_train_attack(params), params.beta), params.teacher, schedule=schedule)
+def _published(params: Params, text: str, net: str) -> Nets:
+    """Published weights in the place of a training; the same for every seed."""
+    return (checkpoints.parse(text, f"{net}:{params.dataset}"),) * len(params.seeds)
+
+
+def _teacher_schedule(params: Params) -> Schedule:
+    return _schedule(params, params.teacher_epochs, policy=params.teacher_policy)
+
+
+def _trades(params: Params) -> Nets:
+    if params.teacher_checkpoint:
+        return _published(params, params.teacher_checkpoint, params.teacher)
+    method = TRADES(_train_attack(params), params.beta)
+    return _runs(params, method, params.teacher, schedule=_teacher_schedule(params))
 
 
 def _pgd_at(params: Params) -> PerSeed:
-    schedule = _schedule(params, params.teacher_epochs)
-    return _runs(params, AT(_train_attack(params)), params.teacher, schedule=schedule)
+    return _runs(params, _pgd(params), params.teacher, schedule=_teacher_schedule(params))
 
 
-def _accuracy_cells(params: Params, runs: PerSeed, prefix: str = "", autoattack: bool = True) -> tuple[Cell, ...]:
+def _pgd(params: Params) -> AT:
+    return AT(_train_attack(params, params.at_steps))
+
+
+def _accuracy_cells(params: Params, runs: Nets, prefix: str = "", autoattack: bool = True) -> tuple[Cell, ...]:
     """Clean accuracy, PGD of the paper's step 2ε/steps, and AutoAttack where it is asked for."""
     images = params.test_images or None
     pgd = PGD(params.epsilon, 2 * params.epsilon / params.pgd_steps, params.pgd_steps, restarts=params.pgd_restarts)
@@ -200,15 +228,19 @@ def _accuracy_cells(params: Params, runs: PerSeed, prefix: str = "", autoattack:
     return (*cells, *(_autoattack_cells(params, runs, params.epsilon, f"{prefix}autoattack") if autoattack else ()))
 
 
-def _autoattack_cells(params: Params, runs: PerSeed, epsilon: float, metric: str) -> tuple[Cell, ...]:
+def _autoattack_cells(params: Params, runs: Nets, epsilon: float, metric: str) -> tuple[Cell, ...]:
     if not params.autoattack_images or not params.autoattack_seeds:
         return ()
     measure = TestAccuracy(AutoAttack(epsilon), params.autoattack_images)
     return (_cell(metric, runs[: params.autoattack_seeds], measure),)
 
 
-def _cell(metric: str, runs: PerSeed, measure: Measure) -> Cell:
-    return Cell(metric, tuple(Job(run, measure) for run in runs))
+def _trained(nets: Nets) -> PerSeed:
+    return tuple(net for net in nets if isinstance(net, Run))
+
+
+def _cell(metric: str, runs: Nets, measure: Measure) -> Cell:
+    return Cell(metric, tuple(Job(run, measure) for run in dict.fromkeys(runs)))
 
 
 # ---- Table 1, Figure 1, Table 3, Table 4 ----
@@ -248,12 +280,12 @@ def _with_epochs(chain: list[Run], params: IsdParams, method: Method | None = No
     return changed
 
 
-def _table1_runs(params: Table1Params) -> dict[str, tuple[str, PerSeed, bool]]:
+def _table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets, bool]]:
     """Row id -> label, runs, whether adversarial examples are trained on."""
     attack = _train_attack(params)
     teacher = _trades(params)
     wide, small = params.teacher, params.student
-    rows: dict[str, tuple[str, PerSeed, bool]] = {
+    rows: dict[str, tuple[str, Nets, bool]] = {
         "st": ("student (ST)", _standard(params), False),
         "kd": ("TRADES teacher → KD → student", _runs(params, _method(params, KD), teacher=teacher), False),
         "ard": (
@@ -264,11 +296,12 @@ def _table1_runs(params: Table1Params) -> dict[str, tuple[str, PerSeed, bool]]:
     }
     sources = {"igam_tinyimagenet": params.source_tinyimagenet, "igam_mnist": params.source_mnist}
     for name, source in sources.items():
-        rows[name] = (f"PGD teacher of {source} → IGAM → wide net", _igam(params, source), True)
+        teachers = () if source == NONE else _igam_sources(params, name, source)
+        rows[name] = (f"PGD teacher of {source} → IGAM → wide net", _igam(params, teachers), True)
     rows |= {
-        "pgd7_teacher": (f"{wide} (PGD-{attack.steps} AT)", _pgd_at(params), True),
-        "trades_teacher": (f"{wide} (TRADES), the teacher", teacher, True),
-        "pgd7_student": (f"{small} (PGD-{attack.steps} AT)", _runs(params, AT(attack)), True),
+        "pgd7_teacher": (f"{wide} (PGD-{params.at_steps} AT)", _pgd_at(params), True),
+        "trades_teacher": (f"{wide} (TRADES), the teacher", tuple(dict.fromkeys(teacher)), True),
+        "pgd7_student": (f"{small} (PGD-{params.at_steps} AT)", _runs(params, _pgd(params)), True),
         "trades_student": (f"{small} (TRADES)", _runs(params, TRADES(attack, params.beta)), True),
         "kdiga": ("TRADES teacher → KDIGA → student", _kdiga(params), False),
         "kdiga_ard_c": (
@@ -293,11 +326,26 @@ def _kdiga(params: Params) -> PerSeed:
     return _runs(params, _method(params, KDIGA), teacher=_trades(params))
 
 
-def _igam(params: Table1Params, source: str) -> PerSeed:
-    """IGAM: a PGD-trained teacher of another task, its last layer fine-tuned on this one, then gradients matched."""
-    robust = tuple(replace(run, dataset=source) for run in _pgd_at(params))
+def _igam_sources(params: Table1Params, row: str, source: str) -> Nets:
+    """IGAM's teachers: adversarially trained on another task, MNIST's by its own net and radius, or published."""
+    if row == "igam_mnist" and params.source_mnist_checkpoint:
+        text = params.source_mnist_checkpoint
+        return (checkpoints.parse(text, f"{params.source_mnist_net}:{source}"),) * len(params.seeds)
+    attack, net = _train_attack(params, params.at_steps), params.teacher
+    if row == "igam_mnist":
+        net, radius = params.source_mnist_net, params.source_mnist_epsilon
+        if radius != params.train_epsilon:
+            attack = PGD(radius, radius / min(params.at_steps, 3), params.at_steps)
+    return _runs(params, AT(attack), net, schedule=_teacher_schedule(params), dataset=source)
+
+
+def _igam(params: Table1Params, sources: Nets) -> PerSeed:
+    """IGAM: a robust net of another task, its last layer fine-tuned on this one, then gradients matched."""
+    if not sources:
+        return ()
+    net = sources[0].model.partition(":")[0] if sources[0].model else params.teacher
     head = _schedule(params, params.head_epochs, trainable="head")
-    teacher = _runs(params, ST(), params.teacher, schedule=head, init=robust)
+    teacher = _runs(params, ST(), net, schedule=head, init=sources)
     method = IGAM(lambda_adv=params.lambda_adv, lambda_diff=params.lambda_diff)
     return _runs(params, method, params.teacher, teacher=teacher)
 
@@ -310,7 +358,8 @@ def table1(params: Table1Params) -> Experiment:
         note = reported.NOTES.get(name, "")
         if name == f"isd_wit_{params.wit_loops}":
             paper, note = reported.TABLE1["isd_wit"], reported.NOTES["isd_wit"]
-        rows.append(Row(name, label, runs, _accuracy_cells(params, runs), paper, adversarial, note))
+        cells = _accuracy_cells(params, runs) if runs else ()
+        rows.append(Row(name, label, _trained(runs), cells, paper, adversarial, note))
     return Experiment("table1", "Table 1. Clean and robust accuracy of every method", tuple(rows), params)
 
 
@@ -333,7 +382,7 @@ def table3(params: Table3Params) -> Experiment:
         jobs = tuple(Job(run, measure, teacher) for run, teacher in zip(students, _trades(params), strict=True))
         cells = tuple(Cell(key, jobs, key) for key in keys)
         cells = (*cells, *_accuracy_cells(params, students))
-        rows.append(Row(name, label, students, cells, reported.TABLE3[name], adversarial))
+        rows.append(Row(name, label, _trained(students), cells, reported.TABLE3[name], adversarial))
     return Experiment("table3", "Table 3. The terms of Proposition 2", tuple(rows), params)
 
 
@@ -357,7 +406,11 @@ def table4(params: Table4Params) -> Experiment:
 
 def table5(params: Table5Params) -> Experiment:
     """Table 5: KDIGA+FGSM, beside fast adversarial training of the same net, which the paper does not show."""
-    model, schedule = params.fgsm_student, _schedule(params, params.fgsm_epochs)
+    model = params.fgsm_student
+    schedule = replace(
+        _schedule(params, params.fgsm_epochs, learning_rate=params.fgsm_learning_rate, policy=params.fgsm_policy),
+        weight_decay=params.fgsm_weight_decay,
+    )
     teacher = _trades(params)
     # One step of 1.25 ε from a random start is fast adversarial training (Wong et al. 2020).
     fast = PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
@@ -387,23 +440,29 @@ def _for_vit(params: Table2Params, schedule: Schedule) -> Schedule:
     return replace(schedule, optimizer=params.vit_optimizer, weight_decay=params.vit_weight_decay)
 
 
-def _table2_runs(params: Table2Params) -> dict[str, tuple[str, PerSeed, PerSeed]]:
+def _table2_runs(params: Table2Params) -> dict[str, tuple[str, Nets, Nets]]:
     """Row id -> label, students, teachers. Rows of the paper's table without a stand-in are missing."""
     small, medium, large, wide = params.student, params.student_medium, params.student_large, params.teacher
-    vit = _runs(params, ST(), params.vit, schedule=_vit_schedule(params))
-    robust = _pgd_at(params)
+    if params.vit_checkpoint:
+        vit = _published(params, params.vit_checkpoint, params.vit)
+    else:
+        vit = _runs(params, ST(), params.vit, schedule=_vit_schedule(params))
+    if params.teacher_checkpoint:
+        robust = _published(params, params.teacher_checkpoint, params.teacher)
+    else:
+        robust = _pgd_at(params)
     kd, kdiga = _method(params, KD), _method(params, KDIGA)
     finetune = _schedule(params, params.finetune_epochs, learning_rate=params.finetune_learning_rate)
     finetune = _for_vit(params, finetune)
 
-    def students(method: Method, teacher: PerSeed, model: str) -> PerSeed:
+    def students(method: Method, teacher: Nets, model: str) -> PerSeed:
         return _runs(params, method, model, teacher=teacher)
 
     vit_kdiga = _method(params, KDIGA, lambda_iga=params.vit_lambda_iga)
     tuned = _runs(params, vit_kdiga, params.vit, schedule=finetune, teacher=robust, init=vit)
-    return {
+    rows: dict[str, tuple[str, Nets, Nets]] = {
         "st_resnet18": (f"{small} (ST)", _standard(params), ()),
-        "st_vit_s16": (f"{params.vit} (ST)", vit, ()),
+        "st_vit_s16": (f"{params.vit} (ST)", tuple(dict.fromkeys(vit)), ()),
         "kd_vit_s16_resnet18": (f"ViT (ST) → KD → {small}", students(kd, vit, small), vit),
         "kdiga_vit_s16_resnet18": (f"ViT (ST) → KDIGA → {small}", students(kdiga, vit, small), vit),
         "kd_resnet50_resnet18": (f"CNN (AT) → KD → {small}", students(kd, robust, small), robust),
@@ -413,6 +472,12 @@ def _table2_runs(params: Table2Params) -> dict[str, tuple[str, PerSeed, PerSeed]
         "kdiga_resnet50_resnet101": (f"CNN (AT) → KDIGA → {large}", students(kdiga, robust, large), robust),
         "kdiga_finetune_resnet50_vit_s16": ("CNN (AT) → KDIGA, fine-tuned → pre-trained ViT", tuned, robust),
     }
+    for name, net in (("vit_b16", params.vit_base), ("vit_l16", params.vit_large), ("deit_s16", params.deit)):
+        if net != NONE:
+            teachers = _published(params, f"timm:{checkpoints.PUBLISHED}", net)
+            row = f"kdiga_{name}_resnet18"
+            rows[row] = (_NOT_RUN[row].replace("ResNet18", small), students(kdiga, teachers, small), teachers)
+    return rows
 
 
 _NOT_RUN = {
@@ -427,8 +492,11 @@ def _radius(radius: float) -> str:
 
 
 def _paper_at(row: dict[str, float], paper_radii: tuple[str, ...], radii: list[float]) -> dict[str, float]:
-    """The paper's numbers under our metric names: its radii, from the largest down, stand beside ours."""
-    renamed = dict(zip(reversed(paper_radii), (_radius(r) for r in sorted(radii, reverse=True)), strict=False))
+    """The paper's numbers under our metric names: at its own radii, else from the largest down beside ours."""
+    ours = [_radius(r) for r in sorted(radii, reverse=True)]
+    renamed = dict(zip(reversed(paper_radii), ours, strict=False))
+    if set(paper_radii) <= set(ours):
+        renamed = {radius: radius for radius in paper_radii}
     result = {}
     for metric, value in row.items():
         name, separator, radius = metric.partition("@")
@@ -441,7 +509,7 @@ def table2(params: Table2Params) -> Experiment:
     """Table 2: distillation between CNNs and vision transformers, PGD at several radii; teachers in brackets."""
     images = params.test_images or None
 
-    def cells(runs: PerSeed, prefix: str = "") -> tuple[Cell, ...]:
+    def cells(runs: Nets, prefix: str = "") -> tuple[Cell, ...]:
         found = [_cell(f"{prefix}clean", runs, TestAccuracy(None, images))]
         for radius in params.radii:
             pgd = PGD(radius, 2 * radius / params.pgd_steps, params.pgd_steps, restarts=params.pgd_restarts)
@@ -455,7 +523,7 @@ def table2(params: Table2Params) -> Experiment:
         if name in runs:
             label, students, teachers = runs[name]
             measured = cells(students) + (cells(teachers, "teacher_") if teachers else ())
-            rows.append(Row(name, label, students, measured, paper, note=note))
+            rows.append(Row(name, label, _trained(students), measured, paper, note=note))
         else:
             rows.append(Row(name, _NOT_RUN[name], reported=paper, note=note))
     return Experiment("table2", "Table 2. Between CNNs and vision transformers", tuple(rows), params)
@@ -478,8 +546,104 @@ def table6(params: Table6Params) -> Experiment:
                 measured += (_cell(f"{prefix}clean", nets, TestAccuracy(None, images)),)
                 for radius in params.radii:
                     measured += _autoattack_cells(params, nets, radius, f"{prefix}autoattack@{_radius(radius)}")
-        rows.append(Row(name, label, students, measured, paper, note=note))
+        rows.append(Row(name, label, _trained(students), measured, paper, note=note))
     return Experiment("table6", "Table 6. Between CNNs and vision transformers, under AutoAttack", tuple(rows), params)
+
+
+# ---- the explorer ----
+
+CHAINS = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One net that the explorer can show.
+
+    Attributes:
+        method: a key of ``params.EXPLORED``.
+        lambda_iga: of ``kdiga``; at 0 it is KD.
+        loop, dropout: of ``isd_wot`` (loop 0 is the standard-trained net) and ``isd_wit`` (from loop 1).
+    """
+
+    method: str
+    lambda_iga: float = 0.0
+    loop: int = 0
+    dropout: bool = True
+
+
+def explored(params: ExploreParams, point: Point, *, autoattack: bool = True, radii: bool = True) -> Row:
+    """The row of a point: a run for each of the parameters' seeds; LLM and the further radii on the first of them.
+
+    Args:
+        autoattack, radii: whether AutoAttack, and PGD at the further radii, are among the cells.
+    """
+    name, label, runs = _explored_runs(params, point)
+    linearity = Linearity(params.epsilon, params.llm_images, params.llm_steps)
+    cells = [*_accuracy_cells(params, runs, autoattack=autoattack), Cell("llm", (Job(runs[0], linearity),), "llm")]
+    for radius in params.radii if radii else ():
+        pgd = PGD(radius, 2 * radius / params.pgd_steps, params.pgd_steps, restarts=params.pgd_restarts)
+        measure = TestAccuracy(pgd, params.test_images or None)
+        cells.append(_cell(f"pgd{params.pgd_steps}@{_radius(radius)}", runs[:1], measure))
+    adversarial = point.method in ("ard", "kdiga_ard_a", "pgd7_student", "trades_student")
+    return Row(name, label, runs, tuple(cells), adversarial=adversarial)
+
+
+def _explored_runs(params: ExploreParams, point: Point) -> tuple[str, str, PerSeed]:
+    """Row id, label and runs of a point."""
+    method = "kd" if point.method == "kdiga" and point.lambda_iga == 0 else point.method
+    if method in CHAINS:
+        return _explored_loop(params, point)
+    if method == "kdiga":
+        weighted = params.model_copy(update={"lambda_iga": point.lambda_iga})
+        weight = f"{point.lambda_iga:g}"
+        return f"kdiga_{re.sub(r'[^0-9]', '_', weight)}", f"KDIGA, λ = {weight}", _kdiga(weighted)
+    attack = _train_attack(params)
+    trained: dict[str, tuple[Method, bool]] = {
+        "st": (ST(), False),
+        "kd": (_method(params, KD), True),
+        "ard": (_method(params, ARD, attack=attack), True),
+        "kdiga_ard_a": (_method(params, KDIGA_ARD_A, attack=attack), True),
+        "pgd7_student": (_pgd(params), False),
+        "trades_student": (TRADES(attack, params.beta), False),
+    }
+    way, distilled = trained[method]
+    extra: dict[str, Any] = {"teacher": _trades(params)} if distilled else {}
+    return method, EXPLORED[method], _runs(params, way, **extra)
+
+
+def _explored_loop(params: ExploreParams, point: Point) -> tuple[str, str, PerSeed]:
+    if point.method == "isd_wot" and point.loop == 0:
+        return "st", EXPLORED["st"], _standard(params)
+    if point.method == "isd_wot":
+        chain = _isd_without_teacher(params.model_copy(update={"loops": point.loop}), point.dropout)
+    else:
+        chain = _isd_with_teacher(params, point.loop, point.dropout)
+    suffix, words = ("", "") if point.dropout else ("_no_dropout", ", no dropout")
+    return f"{point.method}_{point.loop}{suffix}", f"{CHAINS[point.method]}-{point.loop}{words}", chain[-1]
+
+
+def reference_teacher(params: Params) -> Nets:
+    """The TRADES-trained teacher of each seed: what a net without a teacher of its own is compared to."""
+    return _trades(params)
+
+
+def explore(params: ExploreParams) -> Experiment:
+    """What the explorer shows at once: nets of Tables 1 and 4, and KDIGA at further weights on the first seed."""
+    headline = [Point("st"), Point("kd"), Point("kdiga", params.lambda_iga), Point("trades_student")]
+    headline += [Point("isd_wot", loop=1), Point("isd_wot", loop=params.loops)]
+    further = [Point("ard"), Point("kdiga_ard_a"), Point("pgd7_student")]
+    further += [Point("isd_wot", loop=loop) for loop in range(2, params.loops)]
+    further += [Point("isd_wit", loop=loop) for loop in range(1, params.wit_loops + 1)]
+    plain = [Point("isd_wot", loop=loop, dropout=False) for loop in range(1, params.plain_loops + 1)]
+    plain += [Point("isd_wit", loop=loop, dropout=False) for loop in range(1, params.plain_wit_loops + 1)]
+    first = params.model_copy(update={"seeds": params.seeds[:1]})
+    sweep = [Point("kdiga", weight) for weight in params.sweep if weight not in (0, params.lambda_iga)]
+    rows = [explored(params, point) for point in headline]
+    rows += [explored(params, point, radii=False) for point in further]
+    rows += [explored(params, point, radii=False, autoattack=False) for point in plain]
+    rows += [explored(first, point, radii=False, autoattack=False) for point in sweep]
+    unique = {row.id: row for row in rows}  # with one loop, the first is the last
+    return Experiment("explore", "Explore. λ_IGA, ε and loop count by hand", tuple(unique.values()), params)
 
 
 @dataclass(frozen=True)
@@ -498,4 +662,5 @@ ARTIFACTS: dict[str, Artifact] = {
     "table4": Artifact(Table4Params, table4),
     "table5": Artifact(Table5Params, table5),
     "table6": Artifact(Table6Params, table6),
+    "explore": Artifact(ExploreParams, explore),
 }

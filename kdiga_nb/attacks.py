@@ -17,6 +17,7 @@ before the call. Images outside [0, 1] and labels out of range are refused with 
 epsilon and step_size are in the pixel unit of [0, 1].
 """
 
+import hashlib
 import json
 import logging
 import sys
@@ -207,12 +208,21 @@ class AutoAttackReport:
         return list(self.survivors.values())[-1]
 
 
-MEMBERS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
+MEMBERS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+    # Parts of the standard ensemble: its two APGDs, which find nearly all that it finds, and its black-box member.
+    "apgd": ("apgd-ce", "apgd-t"),
+    "square": ("square",),
+}
 
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """Croce & Hein's parameter-free ensemble, run by the pyautoattack library (version "standard" or "rand")."""
+    """Croce & Hein's parameter-free ensemble, run by the pyautoattack library.
+
+    ``version`` is "standard" or "rand", or a part of the standard ensemble: "apgd" or "square" (see ``MEMBERS``).
+    """
 
     epsilon: float
     version: str = "standard"
@@ -239,13 +249,14 @@ class AutoAttack:
         """Run the members one after the other, each on the survivors of those before it.
 
         Args:
-            state: a JSON file written after each member; an evaluation that finds one goes on behind it. The caller
-                removes it when the result is stored elsewhere.
+            state: a JSON file written after each member; an evaluation that finds one of the same net, images and
+                attack goes on behind it. The caller removes it when the result is stored elsewhere.
             found: images (B, C, H, W) that are overwritten where a member succeeds.
         """
         check_inputs(model, x, y)
         x = x.detach()
-        report = _restore(state, len(x), x.device)
+        identity = "" if state is None else _identity(self, model, x, y)
+        report = _restore(state, identity, x.device)
         with frozen(model):
             if not report.survivors:
                 with torch.no_grad():
@@ -266,7 +277,7 @@ class AutoAttack:
                         found[index[fooled]] = adversarial[fooled]
                     report.flags += [flag for flag in dict.fromkeys(flags) if flag not in report.flags]
                 report.survivors[member] = survivors
-                _save(state, report)
+                _save(state, identity, report)
         _flag_square(report)
         return report
 
@@ -319,7 +330,7 @@ class _Flags(logging.Handler):
 
 def _flag_square(report: AutoAttackReport, threshold: float = 0.002) -> None:
     """AutoAttack's rule: a black-box attack that finds what white-box ones missed points at masked gradients."""
-    if "square" not in report.survivors:
+    if not {"fab-t", "square"} <= set(report.survivors):
         return
     before = report.survivors["fab-t"].double().mean().item()
     after = report.survivors["square"].double().mean().item()
@@ -329,22 +340,30 @@ def _flag_square(report: AutoAttackReport, threshold: float = 0.002) -> None:
             report.flags.append(flag)
 
 
-def _save(state: Path | None, report: AutoAttackReport) -> None:
+def _identity(attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor) -> str:
+    """A hash of what an evaluation is of."""
+    digest = hashlib.sha256(repr(attack).encode())
+    for tensor in (x, y, *model.state_dict().values()):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(state: Path | None, identity: str, report: AutoAttackReport) -> None:
     if state is None:
         return
-    record = {"survivors": {k: v.int().tolist() for k, v in report.survivors.items()}, "flags": report.flags}
+    survivors = {k: v.int().tolist() for k, v in report.survivors.items()}
     partial = state.with_suffix(".partial")
-    partial.write_text(json.dumps(record))
+    partial.write_text(json.dumps({"identity": identity, "survivors": survivors, "flags": report.flags}))
     partial.replace(state)
 
 
-def _restore(state: Path | None, n: int, device: torch.device) -> AutoAttackReport:
+def _restore(state: Path | None, identity: str, device: torch.device) -> AutoAttackReport:
     if state is None or not state.exists():
         return AutoAttackReport({})
     record = json.loads(state.read_text())
+    if record.get("identity") != identity:
+        raise ValueError(f"{state.name} is the state of another evaluation (net, images or attack); remove it")
     survivors = {k: torch.tensor(v, dtype=torch.bool, device=device) for k, v in record["survivors"].items()}
-    if any(len(mask) != n for mask in survivors.values()):
-        raise ValueError(f"{state.name} is the state of another evaluation: it has not {n} images")
     return AutoAttackReport(survivors, record["flags"])
 
 

@@ -1,31 +1,55 @@
-"""The command ``kdiga``: reproduce · train · runs."""
+"""The command ``kdiga``: reproduce · train · audit · runs · data."""
 
+import hashlib
 import json
 import logging
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import nbformat
+import torch
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from kdiga_nb import paths
-from kdiga_nb.artifacts import ARTIFACTS, Experiment
-from kdiga_nb.params import ParameterError, WalkthroughParams, parse_override, read
-from kdiga_nb.runs import Job, Outcome, StoreError, ancestors, check_writable, list_store, run_all, run_key, title
+from kdiga_nb import checkpoints, data, distributed, paths
+from kdiga_nb.artifacts import Experiment
+from kdiga_nb.attacks import AutoAttack
+from kdiga_nb.audit import COMPARES, plan, verdict
+from kdiga_nb.costs import ASSUMPTION, costs, disk_bytes
+from kdiga_nb.metrics import TestAccuracy
+from kdiga_nb.params import ParameterError, Radius, WalkthroughParams, parse_override, read
+from kdiga_nb.runs import (
+    Checkpoint,
+    Job,
+    Outcome,
+    StoreError,
+    check_writable,
+    default_workers,
+    environment,
+    graph_of,
+    list_store,
+    measure,
+    measured,
+    run_all,
+    run_key,
+    stored,
+    title,
+)
+from kdiga_nb.studies import EVERY
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Reproduce, train and list what the KDIGA notebook kit knows.",
+    help="Reproduce, train, audit and list what the KDIGA notebook kit knows.",
 )
 
 
@@ -54,14 +78,14 @@ def notebook_parameters(notebook: Path) -> set[str]:
 
 def artefact_names(scale: str) -> list[str]:
     """The notebooks that a scale has parameter files for, in reading order."""
-    order = [*ARTIFACTS, "walkthrough"]
+    order = [*EVERY, "walkthrough"]
     found = {path.stem for path in (paths.PARAMS / scale).glob("*.yaml")}
     return [name for name in order if name in found]
 
 
 def model_of(name: str) -> type[BaseModel]:
     """The parameters' model of a notebook."""
-    return ARTIFACTS[name].params if name in ARTIFACTS else WalkthroughParams
+    return EVERY[name].params if name in EVERY else WalkthroughParams
 
 
 def load(scale: str, name: str, overrides: dict[str, Any]) -> Experiment | None:
@@ -80,7 +104,7 @@ def load(scale: str, name: str, overrides: dict[str, Any]) -> Experiment | None:
         raise ParameterError(f"notebooks/{name}.ipynb: {', '.join(sorted(foreign))}: not in its parameters cell")
     if params.scale != scale:
         raise ParameterError(f"params/{scale}/{path.name}: scale: must be {scale}, got {params.scale!r}")
-    return ARTIFACTS[name].build(params) if name in ARTIFACTS else None
+    return EVERY[name].build(params) if name in EVERY else None
 
 
 def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
@@ -93,9 +117,63 @@ def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
     return overrides
 
 
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Root of the data sets and published weights (KDIGA_DATA).")
+]
+ExecutorOption = Annotated[
+    str | None, typer.Option("--executor", help="Send the jobs to a Dask cluster: dask://ADDRESS of its scheduler.")
+]
+
+
+def _use_data(root: Path | None) -> None:
+    """Through the environment, so that worker processes and notebooks see it too."""
+    if root is not None:
+        os.environ["KDIGA_DATA"] = str(root.absolute())
+
+
+def _check_sources(todo: list[Job]) -> None:
+    """Fail before anything trains if data or a local checkpoint is not there."""
+    graph = graph_of(todo)
+    sources = {source for job in graph for source in (job.run, job.reference) if source is not None}
+    sources |= {s for job in graph for s in (getattr(job.run, "teacher", None), getattr(job.run, "init", None)) if s}
+    try:
+        for name in sorted({source.dataset for source in sources}):
+            data.load_data(name)
+        for source in sources:
+            if isinstance(source, Checkpoint) and source.format != "timm" and not checkpoints.is_url(source.path):
+                checkpoints.locate(source)
+    except (data.DataError, StoreError) as error:
+        raise _fail(str(error), 1) from None
+
+
+def _executor(address: str | None, stack: ExitStack) -> Executor | None:
+    """The cluster's executor, closed with ``stack``."""
+    if address is None:
+        return None
+    scheme, _, where = address.partition("://")
+    if scheme != "dask" or not where:
+        raise _fail(f"--executor: must be dask://ADDRESS, got {address!r}")
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise _fail("--executor: needs Dask: pip install dask[distributed], or this package's extra cluster") from None
+    try:
+        client = stack.enter_context(Client(f"tcp://{where}", timeout=10))
+    except (OSError, ValueError) as error:
+        raise _fail(f"--executor: no Dask scheduler at {where} ({type(error).__name__})", 1) from None
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    # Two trainings in one process would share its random generators.
+    crowded = [name for name, worker in workers.items() if worker["nthreads"] != 1]
+    if crowded or not workers:
+        problem = f"{crowded[0]} has several threads" if crowded else "there are none"
+        raise _fail(f"--executor: workers of one thread each are needed (dask worker --nthreads 1): {problem}", 1)
+    return stack.enter_context(client.get_executor(pure=False))
+
+
 @dataclass
 class _Summary:
     made: list[str]
+    cached: list[str]
     failed: dict[str, str]
 
 
@@ -104,12 +182,16 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="A folder of params/: smoke, digits, …")] = "digits",
     only: Annotated[list[str] | None, typer.Option(help="Artefacts to make: --only table1, or several.")] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, help="Further artefacts after --only.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
+    data_: DataOption = None,
+    executor: ExecutorOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and do nothing.")] = False,
+    again: Annotated[bool, typer.Option(help="Also run the notebooks whose inputs have not changed.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of every parameter file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
     started = time.perf_counter()
+    _use_data(data_)
     if scale not in scales():
         raise _fail(f"--scale: must be one of {', '.join(scales())}, got {scale!r}")
     known = artefact_names(scale)
@@ -127,73 +209,128 @@ def reproduce(
     except ValueError as error:  # two values that are fine alone and impossible together
         raise _fail(f"params/{scale}: {error}") from None
     todo = list(dict.fromkeys(job for found in experiments.values() if found for job in found.jobs()))
-    workers = jobs or os.cpu_count() or 1
     if dry_run:
         _print_plan(experiments, todo)
         return
+    _check_sources(todo)
     try:
         check_writable(paths.runs())
         check_writable(paths.executed(scale))
     except StoreError as error:
         raise _fail(str(error), 1) from None
-    outcome = _train_and_measure(todo, workers, experiments)
-    summary = _run_notebooks(scale, names, overrides, workers)
+    workers = jobs or default_workers(_device(experiments))
+    with ExitStack() as stack:
+        outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
+    summary = _run_notebooks(scale, experiments, overrides, workers, again)
     _print_summary(outcome, summary, scale, time.perf_counter() - started)
     if outcome.failed or summary.failed:
         raise typer.Exit(1)
-
-
-def _graph(todo: list[Job]) -> list[Job]:
-    runs = ancestors([run for job in todo for run in [job.run, *job.needs()]])
-    return [*(Job(run) for run in runs), *(job for job in todo if job.measure is not None)]
 
 
 def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> None:
     for name, experiment in experiments.items():
         rows = len(experiment.rows) if experiment else 0
         typer.echo(f"{name}: {rows} rows")
-    graph = _graph(todo)
+    graph = graph_of(todo)
+    cost = costs(graph)
     for job in graph:
         if job.measure is None:
             parents = ", ".join(run_key(run) for run in job.needs()) or "nothing"
-            typer.echo(f"  {run_key(job.run)}  {'cached' if job.is_done() else 'to do '}  {title(job)}, from {parents}")
-    for kind, chosen in (
-        ("trainings", [j for j in graph if not j.measure]),
-        ("measurements", [j for j in graph if j.measure]),
-    ):
-        done = sum(job.is_done() for job in chosen)
-        typer.echo(f"{len(chosen)} {kind}: {done} cached, {len(chosen) - done} to do")
+            state = "cached" if job.is_done() else f"to do, {_hours(cost[job].seconds, cost[job].measured)}"
+            typer.echo(f"  {run_key(job.run)}  {state}  {title(job)}, from {parents}")
+    left = [job for job in graph if not job.is_done()]
+    for kind, trains in (("trainings", True), ("measurements", False)):
+        chosen = [job for job in graph if (job.measure is None) == trains]
+        ahead = [job for job in chosen if job in left]
+        hours = f": {_hours(sum(cost[job].seconds for job in ahead))}" if ahead else ""
+        typer.echo(f"{len(chosen)} {kind}: {len(chosen) - len(ahead)} cached, {len(ahead)} to do{hours}")
+    known = [job for job in left if cost[job].measured]
+    weights, checkpoint = disk_bytes(left)
+    typer.echo(f"{len(known)} of {len(left)} from a step measured here; estimates are GPU time {ASSUMPTION}")
+    typer.echo(
+        f"disk: {weights / 1e9:.2g} GB of weights, {checkpoint / 1e9:.2g} GB for a checkpoint of a run under way"
+    )
 
 
-def _train_and_measure(todo: list[Job], workers: int, experiments: dict[str, Experiment | None]) -> Outcome:
-    device = next((experiment.params.device for experiment in experiments.values() if experiment), "auto")
-    with tqdm(desc="runs and measurements", unit="job", dynamic_ncols=True, total=0, disable=not todo) as bar:
+def _hours(seconds: float, measured: bool = False) -> str:
+    return f"{seconds / 3600:.2g} h {'by a measured step' if measured else 'estimated'}"
+
+
+def _device(experiments: dict[str, Experiment | None]) -> str:
+    return next((experiment.params.device for experiment in experiments.values() if experiment), "auto")
+
+
+def _train_and_measure(
+    todo: list[Job], workers: int, experiments: dict[str, Experiment | None], executor: Executor | None = None
+) -> Outcome:
+    device, silent = _device(experiments), not todo or distributed.rank() > 0
+    with tqdm(desc="runs and measurements", unit="job", dynamic_ncols=True, total=0, disable=silent) as bar:
 
         def progress(done: int, total: int, text: str) -> None:
             bar.total, bar.n = total, done
             bar.set_postfix_str(text)
 
         try:
-            return run_all(todo, workers=workers, device=device, progress=progress)
+            return run_all(todo, workers=workers, device=device, executor=executor, progress=progress)
         except StoreError as error:
             raise _fail(str(error), 1) from None
 
 
-def _run_notebooks(scale: str, names: list[str], overrides: dict[str, Any], workers: int) -> _Summary:
+def _run_notebooks(
+    scale: str, experiments: dict[str, Experiment | None], overrides: dict[str, Any], workers: int, again: bool
+) -> _Summary:
     """Each notebook in a papermill process of its own; one that fails leaves its output and stops no other."""
     home = paths.executed(scale)
-    summary = _Summary([], {})
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(names), desc="notebooks", unit="notebook") as bar:
-        futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in names}
+    inputs = {name: _inputs(scale, name, found, overrides) for name, found in experiments.items()}
+    cached = [name for name in inputs if not again and _is_current(scale, name, inputs[name])]
+    summary = _Summary([], cached, {})
+    todo = [name for name in inputs if name not in cached]
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="notebooks", disable=not todo) as bar:
+        futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in todo}
         for future in as_completed(futures):
             name, reason = futures[future], future.result()
             if reason:
                 summary.failed[name] = reason
             else:
                 summary.made.append(name)
+                _stamp(scale, name, inputs[name])
             bar.update()
             bar.set_postfix_str(name)
     return summary
+
+
+def _inputs(scale: str, name: str, experiment: Experiment | None, overrides: dict[str, Any]) -> str:
+    """A hash of everything a notebook's output follows from: its cells, the parameters, the code, the measures."""
+    cells = [cell.source for cell in nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells]
+    jobs = experiment.jobs() if experiment else []
+    results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
+    code = [path.read_text() for path in sorted((paths.ROOT / "kdiga_nb").rglob("*.py"))]
+    keys = [run_key(job.run) for job in jobs]
+    versions = environment(torch.device("cpu"))
+    parts = [cells, paths.params(scale, name).read_text(), overrides, keys, results, code, versions]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _outputs(scale: str, name: str) -> dict[str, str]:
+    """The artefact's files and their sha256."""
+    found = [path for pattern in (f"{name}.*", f"{name}_*.*") for path in paths.figures(scale).glob(pattern)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+
+
+def _is_current(scale: str, name: str, inputs: str) -> bool:
+    """Whether the executed notebook there came from the same inputs and its artefact's files are as it left them."""
+    try:
+        executed = nbformat.read(paths.executed(scale) / f"{name}.ipynb", as_version=4)
+    except (OSError, ValueError):
+        return False
+    return executed.metadata.get("kdiga") == {"inputs": inputs, "outputs": _outputs(scale, name)}
+
+
+def _stamp(scale: str, name: str, inputs: str) -> None:
+    path = paths.executed(scale) / f"{name}.ipynb"
+    executed = nbformat.read(path, as_version=4)
+    executed.metadata["kdiga"] = {"inputs": inputs, "outputs": _outputs(scale, name)}
+    nbformat.write(executed, path)
 
 
 def _papermill(scale: str, name: str, overrides: dict[str, Any], home: Path) -> str | None:
@@ -214,7 +351,7 @@ def _print_summary(outcome: Outcome, summary: _Summary, scale: str, seconds: flo
     typer.echo(f"runs and measurements: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
-    typer.echo(f"notebooks: {len(summary.made)} made, {len(summary.failed)} failed")
+    typer.echo(f"notebooks: {len(summary.made)} made, {len(summary.cached)} cached, {len(summary.failed)} failed")
     for name, reason in summary.failed.items():
         typer.echo(f"  failed: {name}: {reason}")
     typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
@@ -228,15 +365,21 @@ def _shown(path: Path) -> str:
 def train(
     file: Annotated[Path, typer.Argument(help="A parameter file, e.g. params/digits/table1.yaml.")],
     row: Annotated[str | None, typer.Option(help="Only this row, e.g. kdiga.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
+    data_: DataOption = None,
+    executor: ExecutorOption = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the file.")] = None,
 ) -> None:
-    """Train the runs of a parameter file, and what they stand on, without measuring them."""
-    if file.stem not in ARTIFACTS:
-        raise _fail(f"{file}: the file's name must be one of {', '.join(ARTIFACTS)}")
+    """Train the runs of a parameter file, and what they stand on, without measuring them.
+
+    Over several GPUs of a machine, or several machines: torchrun --nproc_per_node N -m kdiga_nb train FILE.
+    """
+    _use_data(data_)
+    if file.stem not in EVERY:
+        raise _fail(f"{file}: the file's name must be one of {', '.join(EVERY)}")
     try:
         overrides = _overrides(set_, [file.stem])
-        artifact = ARTIFACTS[file.stem]
+        artifact = EVERY[file.stem]
         experiment = artifact.build(read(artifact.params, file.resolve(), overrides))
         rows = [experiment.row(row)] if row else list(experiment.rows)
     except ValueError as error:
@@ -244,12 +387,87 @@ def train(
     if row and not rows[0].runs:
         raise _fail(f"{file}: row {row} has no net at this scale")
     todo = list(dict.fromkeys(Job(run) for row in rows for run in row.runs))
-    outcome = _train_and_measure(todo, jobs or os.cpu_count() or 1, {file.stem: experiment})
+    _check_sources(todo)
+    experiments: dict[str, Experiment | None] = {file.stem: experiment}
+    with ExitStack() as stack:
+        distributed.join()
+        stack.callback(distributed.leave)
+        workers = jobs or default_workers(experiment.params.device)
+        outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
+        if distributed.rank() > 0:
+            return
     typer.echo(f"runs: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _source(target: str, model: str | None) -> Checkpoint:
+    """The net that a command line means: a file of weights, or a run of the store by its key."""
+    path = Path(target)
+    if path.is_file():
+        return Checkpoint(target, None, "safetensors" if path.suffix == ".safetensors" else "state_dict", model)
+    if path.suffix:
+        raise StoreError(f"{target}: there is no such file")
+    return stored(target)
+
+
+def _radius_of(text: str) -> float:
+    try:
+        return TypeAdapter(Radius).validate_python(text)
+    except ValidationError as error:
+        raise ParameterError(f"--epsilon: {error.errors()[0]['msg'].lower()}, got {text!r}") from None
+
+
+@app.command()
+def audit(
+    target: Annotated[str, typer.Argument(help="A run's key (kdiga runs lists them) or a file of weights.")],
+    model: Annotated[str | None, typer.Option(help="Net and data set of a file: digits_small:digits.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Its teacher, say: key or file; images are transferred.")
+    ] = None,
+    reference_model: Annotated[str | None, typer.Option(help="Net and data set of the reference's file.")] = None,
+    epsilon: Annotated[str, typer.Option(help="Radius of the l-inf ball in pixels of [0, 1], e.g. 8/255.")] = "0.1",
+    images: Annotated[int, typer.Option(min=1, help="Test images of most attacks.")] = 200,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Attack a net in every way the kit knows and give a verdict by named rules; a second call resumes."""
+    try:
+        radius = _radius_of(epsilon)
+        net = _source(target, model)
+        other = None if reference is None else _source(reference, reference_model)
+        measures = plan(radius, images=images) | {"autoattack": TestAccuracy(AutoAttack(radius), images)}
+        found: dict[str, dict[str, Any]] = {}
+        with tqdm(measures, desc="audit", unit="attack", leave=False) as bar:
+            for name in bar:
+                bar.set_postfix_str(name)
+                if name == "transfer" and other is None:
+                    continue
+                found[name] = measure(net, measures[name], reference=other if name in COMPARES else None)
+                if name == "preconditions" and verdict(found).word == "invalid":
+                    break
+    except (ParameterError, StoreError, ValueError) as error:
+        raise _fail(str(error)) from None
+    _print_audit(found, json_)
+    if verdict(found).word == "invalid":
+        raise typer.Exit(1)
+
+
+def _print_audit(found: dict[str, dict[str, Any]], as_json: bool) -> None:
+    says = verdict(found)
+    alarms = says.faults | says.masking | says.weakness
+    if as_json:
+        typer.echo(json.dumps({"verdict": says.word, "alarms": alarms, "results": found}, indent=1))
+        return
+    for name, result in found.items():
+        if "percent" in result:
+            typer.echo(
+                f"{name:12} {result['percent']:6.1f} % [{result['low']:.1f}, {result['high']:.1f}], n = {result['n']}"
+            )
+    for name, sentence in alarms.items():
+        typer.echo(f"{name}: {sentence}")
+    typer.echo(says.sentence)
 
 
 @app.command()
@@ -262,7 +480,41 @@ def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")
     if not found:
         typer.echo(f"no runs in {_shown(paths.runs())}; kdiga reproduce makes them")
     for entry in found:
-        typer.echo("  ".join(str(entry[key]) for key in ("key", "state", "what", "epochs", "seconds")))
+        typer.echo("  ".join([entry["key"], entry["state"], entry["what"], *_so_far(entry)]))
+
+
+def _so_far(entry: dict[str, Any]) -> list[str]:
+    """Accuracy, time spent and time left of a listed run, as far as they are known."""
+    parts = [f"{entry['epochs']} epochs in {entry['seconds']:.0f} s"]
+    if entry.get("accuracy") is not None:
+        parts.append(f"{entry['accuracy']:.1f} % clean on validation")
+    if entry.get("seconds_left"):
+        parts.append(f"{entry['seconds_left'] / 60:.0f} min left")
+    return parts
+
+
+@app.command("data")
+def data_command(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; all by default.")] = None,
+    root: DataOption = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch what is missing.")] = False,
+) -> None:
+    """Say which data sets are there and whole, or fetch them."""
+    _use_data(root)
+    missing = False
+    for name in names or list(data.DATASETS):
+        if name not in data.DATASETS:
+            raise _fail(f"data: must be one of {', '.join(data.DATASETS)}, got {name!r}")
+        try:
+            if download:
+                data.download(name)
+            found = data.load_data(name)
+            typer.echo(f"{name}: {len(found.train.labels)} training and {len(found.test.labels)} test images")
+        except data.DataError as error:
+            missing = True
+            typer.echo(str(error), err=True)
+    if missing:
+        raise typer.Exit(1)
 
 
 def main() -> None:

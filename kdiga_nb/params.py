@@ -15,14 +15,28 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from kdiga_nb import paths
+from kdiga_nb import checkpoints, paths
 from kdiga_nb.data import DATASETS
 from kdiga_nb.losses import NORMS
 from kdiga_nb.methods import PRESETS
 from kdiga_nb.models import MODELS
-from kdiga_nb.training import OPTIMIZERS, POLICIES, SELECTIONS, resolve_device
+from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS, resolve_device
 
 P = TypeVar("P", bound=BaseModel)
+
+# What the explorer can show, and the nets it can show it of, under the names that a reader sees.
+VIEWS = {"lambda": "λ_IGA: the trade-off", "epsilon": "ε: under attack", "loops": "ISD loops", "image": "one image"}
+EXPLORED = {
+    "st": "ST, standard training",
+    "kd": "KD",
+    "kdiga": "KDIGA",
+    "ard": "ARD",
+    "kdiga_ard_a": "KDIGA-ARD_A",
+    "pgd7_student": "PGD adversarial training",
+    "trades_student": "TRADES",
+    "isd_wot": "ISD without teacher (WoT)",
+    "isd_wit": "ISD with teacher (WiT)",
+}
 
 
 class ParameterError(ValueError):
@@ -50,6 +64,12 @@ def _one_of(names: Mapping[str, Any] | tuple[str, ...]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _checkpoint(value: Any) -> Any:
+    if value != "":
+        checkpoints.parse(str(value), "")
+    return value
+
+
 def _device(value: Any) -> Any:
     resolve_device(value)
     return value
@@ -64,6 +84,11 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 Probability = Annotated[Number, Field(ge=0, lt=1)]
 DatasetName = Annotated[str, _one_of(DATASETS)]
 ModelName = Annotated[str, _one_of(MODELS)]
+NONE = "none"  # a row that a scale does not run
+MaybeDataset = Annotated[str, _one_of((*DATASETS, NONE))]
+MaybeModel = Annotated[str, _one_of((*MODELS, NONE))]
+# FORMAT:PATH_OR_URL[#sha256=…] of published weights; empty: trained here.
+CheckpointText = Annotated[str, BeforeValidator(_checkpoint)]
 
 
 class Params(BaseModel):
@@ -75,6 +100,7 @@ class Params(BaseModel):
     dataset: DatasetName = "digits"
     student: ModelName = "digits_small"
     teacher: ModelName = "digits_wide"
+    teacher_checkpoint: CheckpointText = ""
     preset: Annotated[str, _one_of(PRESETS)] = "paper"
     seeds: Annotated[list[Natural], Field(min_length=1)] = [0, 1, 2]
     device: Annotated[str, BeforeValidator(_device)] = "auto"
@@ -104,9 +130,14 @@ class Params(BaseModel):
     clip_norm: Weight = 1.0
     augment: bool = False
     selection: Annotated[str, _one_of(SELECTIONS)] = "last"
-    teacher_epochs: Count = 12
+    precision: Annotated[str, _one_of(PRECISIONS)] = "float32"
+    train_images: Natural = 0
+    teacher_epochs: Count = 15
+    teacher_policy: Annotated[str, _one_of(POLICIES)] = "one_cycle"
     train_epsilon: Radius = 0.12
     train_steps: Count = 5
+    train_step_size: Radius = 0.0
+    at_steps: Count = 5
     beta: Weight = 6.0
 
     @model_validator(mode="after")
@@ -135,8 +166,11 @@ class Table1Params(IsdParams):
     """Table 1, Figure 1 and Table 3, which share their runs."""
 
     wit_loops: Count = 3
-    source_tinyimagenet: DatasetName = "digits_rotated"
-    source_mnist: DatasetName = "digits_inverted"
+    source_tinyimagenet: MaybeDataset = "digits_rotated"
+    source_mnist: MaybeDataset = "digits_inverted"
+    source_mnist_net: ModelName = "digits_wide"
+    source_mnist_checkpoint: CheckpointText = ""
+    source_mnist_epsilon: Radius = 0.12
     lambda_adv: Weight = 0.1
     lambda_diff: Weight = 1.0
     head_epochs: Count = 5
@@ -156,11 +190,35 @@ class Table4Params(IsdParams):
     wit_loops: Count = 2
 
 
+class ExploreParams(IsdParams):
+    """The explorer: what is trained and measured for it beside the tables' runs, and where its controls start."""
+
+    wit_loops: Count = 3
+    plain_loops: Count = 3
+    plain_wit_loops: Count = 2
+    sweep: list[Weight] = [0.5, 8.0, 32.0]
+    radii: list[Radius] = [0.025, 0.05, 0.15, 0.2]
+    llm_images: Count = 100
+    llm_steps: Count = 20
+    train_missing: bool = False
+    show_view: Annotated[str, _one_of(VIEWS)] = "lambda"
+    show_method: Annotated[str, _one_of(EXPLORED)] = "kdiga"
+    show_seed: Natural = 0
+    show_image: Natural = 0
+    show_lambda_iga: Weight = 2.0
+    show_epsilon: Radius = 0.1
+    show_loop: Count = 1
+    show_dropout: bool = True
+
+
 class Table5Params(Params):
     """Table 5: KDIGA+FGSM."""
 
     fgsm_student: ModelName = "digits_small"
     fgsm_epochs: Count = 15
+    fgsm_policy: Annotated[str, _one_of(POLICIES)] = "one_cycle"
+    fgsm_learning_rate: Positive = 0.1
+    fgsm_weight_decay: Weight = 5e-4
 
 
 class Table2Params(Params):
@@ -169,6 +227,10 @@ class Table2Params(Params):
     student_medium: ModelName = "digits_medium"
     student_large: ModelName = "digits_large"
     vit: ModelName = "digits_vit"
+    vit_checkpoint: CheckpointText = ""
+    vit_base: MaybeModel = NONE
+    vit_large: MaybeModel = NONE
+    deit: MaybeModel = NONE
     vit_epochs: Count = 20
     vit_learning_rate: Positive = 0.006
     vit_optimizer: Annotated[str, _one_of(OPTIMIZERS)] = "adamw"
@@ -184,6 +246,70 @@ class Table6Params(Table2Params):
     """Table 6: the nets of Table 2 under AutoAttack at several radii."""
 
     radii: Annotated[list[Radius], Field(min_length=1)] = [0.05, 0.1]
+
+
+class AuditParams(Table1Params):
+    """The audit of five nets of Table 1."""
+
+    audit_loop: Count = 1
+    audit_images: Count = 200
+    long_steps: Count = 1000
+    long_restarts: Count = 10
+    long_images: Count = 40
+    black_box_images: Count = 100
+    queries: Count = 1000
+
+
+class IsdAutoAttackParams(Table1Params):
+    """Iterative self-distillation under AutoAttack, loop by loop."""
+
+    no_dropout_loops: Count = 3
+    apgd_images: Count = 100
+    long_steps: Count = 1000
+    long_images: Count = 40
+    gradient_images: Count = 200
+
+
+class Prop1Params(Params):
+    """Proposition 1: certified radii of small ReLU nets."""
+
+    certified_student: ModelName = "digits_mlp"
+    certified_teacher: ModelName = "digits_mlp_wide"
+    certified_epochs: Count = 20
+    certified_epsilon: Radius = 0.05
+    certified_images: Count = 200
+    lambda_logits: Weight = 0.2
+
+
+class Prop2Params(Table3Params):
+    """Proposition 2, image by image."""
+
+
+class AblationParams(Params):
+    """A fractional factorial of eight choices, and the two presets side by side. Two levels a choice, low then high."""
+
+    ablation_epochs: Count = 8
+    ablation_milestones: list[Natural] = [4, 6]
+    lambda_levels: Annotated[list[Weight], Field(min_length=2, max_length=2)] = [0.1, 1.0]
+    temperature_levels: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [1.0, 4.0]
+    dropout_levels: Annotated[list[Probability], Field(min_length=2, max_length=2)] = [0.0, 0.5]
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if any(not 0 < milestone < self.ablation_epochs for milestone in self.ablation_milestones):
+            raise ValueError(f"ablation_milestones: must lie between 0 and ablation_epochs = {self.ablation_epochs}")
+        return self
+
+
+class ParetoParams(Params):
+    """KDIGA+FGSM against fast adversarial training and ARD at its own settings, at the same training cost."""
+
+    fgsm_student: ModelName = "digits_small"
+    fgsm_epochs: Count = 15
+    fgsm_at_epochs: Count = 30
+    ard_epochs: Count = 15
+    ard_temperature: Positive = 30.0
+    apgd_images: Count = 200
 
 
 class WalkthroughParams(BaseModel):

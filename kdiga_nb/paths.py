@@ -32,6 +32,11 @@ def data() -> Path:
     return Path(os.environ.get("KDIGA_DATA") or ROOT / "data")
 
 
+def checkpoints() -> Path:
+    """Where published weights are looked for and downloaded to: ``checkpoints/`` below ``data()``."""
+    return data() / "checkpoints"
+
+
 def params(scale: str, artifact: str) -> Path:
     """The papermill parameter file of an artefact at a scale."""
     return PARAMS / scale / f"{artifact}.yaml"

@@ -66,9 +66,7 @@ def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
 
         outcome = run_all(jobs, workers=workers, device=experiment.params.device, progress=progress)
     if outcome.failed:
-        # The causes, not what failed because of them.
-        reasons = sorted({reason for reason in outcome.failed.values() if not reason.startswith("needs ")})
-        raise ReproductionError("; ".join(reasons))
+        raise ReproductionError("; ".join(outcome.causes))
     return outcome
 
 
@@ -162,7 +160,9 @@ def flags(experiment: Experiment) -> pd.DataFrame:
                     members = {name: f"{percent:.1f}" for name, percent in result["members"].items()}
                     warned = "; ".join(result["flags"]) or "none"
                     lines.append(
-                        {"row": row.id, "metric": cell.metric, "seed": job.run.seed} | members | {"flags": warned}
+                        {"row": row.id, "metric": cell.metric, "seed": getattr(job.run, "seed", "–")}
+                        | members
+                        | {"flags": warned}
                     )
     return pd.DataFrame(lines)
 
@@ -383,7 +383,7 @@ def plot_bounds(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-_PRETTY = {"clean": "clean", "autoattack": "AutoAttack"}
+_PRETTY = {"clean": "clean", "autoattack": "AutoAttack", "apgd": "APGD-CE + APGD-T"}
 
 
 def _pretty(metric: str) -> str:

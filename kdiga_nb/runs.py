@@ -8,7 +8,7 @@ enter. ``load_or_train`` answers from the store or trains:
     runs/<key>/model.safetensors       the weights
     runs/<key>/history.csv             one row an epoch
     runs/<key>/measures.json           what was measured on it, by readable name
-    runs/<key>/checkpoint.safetensors  an unfinished training after its last epoch
+    runs/<key>/checkpoint.safetensors  an unfinished training after its last epoch, or ten minutes ago inside one
 
 Every file is written under a temporary name and renamed, so a kill at any moment leaves whole files; ``run.json`` comes
 last and marks the run as finished. A file lock on the key makes the second process that wants a run wait for the first.
@@ -27,8 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,45 +40,20 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from kdiga_nb import __version__, paths
+from kdiga_nb import __version__, checkpoints, distributed, paths
 from kdiga_nb.attacks import ATTACKS
+from kdiga_nb.checkpoints import Checkpoint, StoreError, digest_of
 from kdiga_nb.data import load_data
 from kdiga_nb.methods import METHODS, Method
 from kdiga_nb.metrics import Measure
 from kdiga_nb.models import build_model
-from kdiga_nb.training import Callback, Schedule, TrainingState, computing, resolve_device, train
+from kdiga_nb.training import Callback, History, Schedule, TrainingState, computing, placed, resolve_device, train
 
 log = logging.getLogger("kdiga")
 
 # Raised whenever a change of the code changes what a run gives; it enters every key, so old results are not mixed in.
-RESULTS_VERSION = 1
-FORMATS = ("state_dict", "safetensors")
-
-
-class StoreError(RuntimeError):
-    """The run store, or a checkpoint file, cannot be used; the message says why in one line."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Weights from outside the store, used as a teacher or as a starting point.
-
-    Attributes:
-        path: a local file.
-        sha256: of the file; checked when given.
-        format: ``state_dict`` (a torch file, loaded with ``weights_only``) or ``safetensors``.
-        model: the name of the net in ``models.MODELS`` and, joined by a colon, the data set whose image shape and
-            classes it was built for, as in ``digits_wide:digits``.
-    """
-
-    path: str
-    sha256: str | None = None
-    format: str = "state_dict"
-    model: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+RESULTS_VERSION = 2
+SAVE_SECONDS = 600.0  # how much of a long epoch a kill may cost
 
 
 @dataclass(frozen=True)
@@ -110,6 +86,8 @@ def describe(value: Any) -> Any:
         name = _NAMES.get(type(value), type(value).__name__)
         # By its declared type: a weight of 3 and one of 3.0 are the same run.
         values = {item: getattr(value, item.name) for item in fields(value) if item.init}
+        # A switch that came after results were published: at its default it changes nothing, so it is not named.
+        values = {k: v for k, v in values.items() if not ("unnamed_at_default" in k.metadata and v == k.default)}
         body = {item.name: float(v) if item.type in (float, "float") else _nested(v) for item, v in values.items()}
         return {"type": name} | body
     return _nested(value)
@@ -127,21 +105,25 @@ def _nested(value: Any) -> Any:
 def run_key(run: Source) -> str:
     """A hash of everything that changes the run's result, 16 hexadecimal digits.
 
-    A checkpoint enters by its content where the sha256 is given, else by its path.
+    A checkpoint enters by its content where the sha256 is given, else by its path; one that is a run's own file in the
+    store has the run's key, so that both share what was measured.
     """
     if isinstance(run, Checkpoint):
+        home = Path(run.path).parent
+        if Path(run.path).name == "model.safetensors" and home.parent == paths.runs():
+            return home.name
         identity: Any = {"checkpoint": run.sha256 or run.path, "format": run.format, "model": run.model}
     else:
         identity = describe(run) | {"results_version": RESULTS_VERSION}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def folder(run: Run) -> Path:
-    """The run's folder in the store; it need not exist."""
+def folder(run: Source) -> Path:
+    """The run's folder in the store; it need not exist. A checkpoint has one for what was measured on it."""
     return paths.runs() / run_key(run)
 
 
-def ancestors(runs: Iterable[Run]) -> list[Run]:
+def ancestors(runs: Iterable[Source]) -> list[Run]:
     """The runs with everything they stand on, each once, teachers and starting points before those that use them."""
     ordered: dict[Run, None] = {}
 
@@ -156,9 +138,9 @@ def ancestors(runs: Iterable[Run]) -> list[Run]:
     return list(ordered)
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the store holds the run's result (its hash is checked when it is loaded)."""
-    return (folder(run) / "run.json").exists()
+def is_finished(run: Source) -> bool:
+    """Whether the store holds the run's result (its hash is checked when it is loaded). A checkpoint is always one."""
+    return isinstance(run, Checkpoint) or (folder(run) / "run.json").exists()
 
 
 def load_or_train(
@@ -176,13 +158,27 @@ def load_or_train(
     """
     where = resolve_device(device)
     if isinstance(run, Checkpoint):
-        return _load_checkpoint(run).to(where).eval()
-    if not is_finished(run) or _set_aside_if_damaged(run):
+        return placed(checkpoints.load(run), where).eval()
+    if distributed.decided(lambda: not is_finished(run) or _set_aside_if_damaged(run)):
         _train_once(run, where, callbacks)
-    return _load(run).to(where).eval()
+    return placed(_load(run), where).eval()
 
 
-def training_seconds(run: Run) -> float | None:
+def load(run: Run, *, device: str | torch.device | None = None) -> nn.Module:
+    """The finished run's net, like ``load_or_train``, but nothing is ever trained or set aside.
+
+    Raises:
+        StoreError: the store does not have the run, or its files are damaged.
+    """
+    if not is_finished(run):
+        raise StoreError(f"run {run_key(run)} is not in the store")
+    reason = damage(run)
+    if reason is not None:
+        raise StoreError(f"run {run_key(run)} is damaged: {reason}")
+    return placed(_load(run), resolve_device(device)).eval()
+
+
+def training_seconds(run: Source) -> float | None:
     """How long the finished run trained; None if it is not finished."""
     try:
         return float(json.loads((folder(run) / "run.json").read_text())["seconds"])
@@ -196,8 +192,25 @@ def history(run: Run) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+def stored(key: str) -> Checkpoint:
+    """A finished run of the store by its key (or the beginning of it), as a checkpoint.
+
+    Raises:
+        StoreError: no finished run, or more than one, has that key.
+    """
+    homes = [home for home in sorted(paths.runs().glob(f"{key}*/")) if (home / "run.json").exists()]
+    if len(homes) != 1:
+        raise StoreError(f"{key}: {'no finished run' if not homes else f'{len(homes)} runs'} of the store has that key")
+    try:
+        record = json.loads((homes[0] / "run.json").read_text())
+        name = f"{record['run']['model']}:{record['run']['dataset']}"
+        return Checkpoint(str(homes[0] / "model.safetensors"), record["sha256"], "safetensors", name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{key}: run.json is damaged ({error})") from None
+
+
 def measure(
-    run: Run, measure: Measure, *, reference: Source | None = None, device: str | None = None
+    run: Source, measure: Measure, *, reference: Source | None = None, device: str | None = None
 ) -> dict[str, Any]:
     """What ``measure`` gives on the run, from the store or measured now; ``reference`` is the net it is compared to."""
     name = measure_name(measure, reference)
@@ -210,7 +223,7 @@ def measure(
     partial = folder(run) / f"partial-{tag}.json"
     data = load_data(run.dataset)
     # One lock a measurement, so that two measurements of one run do not wait for each other.
-    with _lock(run, tag), computing(data.image_shape):
+    with _lock(run, tag), computing(data.image_shape, resolve_device(device)):
         cached = _measures(run).get(name)
         if cached is not None:
             return cached
@@ -223,7 +236,7 @@ def measure(
     return result
 
 
-def measured(run: Run, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
+def measured(run: Source, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
     """What the store has of a measurement; None if it was not taken."""
     return _measures(run).get(measure_name(measure, reference))
 
@@ -252,7 +265,7 @@ def check_writable(home: Path) -> None:
         raise StoreError(f"the folder {home} cannot be written: {error.strerror or error}") from error
 
 
-def _lock(run: Run, part: str = "") -> FileLock:
+def _lock(run: Source, part: str = "") -> FileLock:
     """The lock of a run, or of a part of it. The operating system drops it when its process dies, however it dies."""
     check_writable(paths.runs())
     return FileLock(paths.runs() / f"{run_key(run)}{part and '-' + part}.lock")
@@ -275,7 +288,7 @@ def _write_json(path: Path, value: Any) -> None:
     _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
 
 
-def _measures(run: Run) -> dict[str, Any]:
+def _measures(run: Source) -> dict[str, Any]:
     try:
         measures = json.loads((folder(run) / "measures.json").read_text())
         if not isinstance(measures, dict):
@@ -288,11 +301,6 @@ def _measures(run: Run) -> dict[str, Any]:
         return {}
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _content(tensors: dict[str, torch.Tensor]) -> str:
     """One sha256 over names and values."""
     digest = hashlib.sha256()
@@ -302,12 +310,12 @@ def _content(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _damage(run: Run) -> str | None:
+def damage(run: Run) -> str | None:
     """What is wrong with a finished run's files; None if nothing is."""
     home = folder(run)
     try:
         record = json.loads((home / "run.json").read_text())
-        if record["sha256"] != _digest(home / "model.safetensors"):
+        if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"
         return None if (home / "history.csv").exists() else "history.csv is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -316,12 +324,12 @@ def _damage(run: Run) -> str | None:
 
 def _set_aside_if_damaged(run: Run) -> bool:
     """Move a finished run whose files do not fit its record out of the way; True if that happened."""
-    if _damage(run) is None:
+    if damage(run) is None:
         return False
     home = folder(run)
     with _lock(run):
         # Looked at again under the lock: another process may have set it aside and trained it meanwhile.
-        reason = _damage(run)
+        reason = damage(run)
         if reason is None:
             return False
         if not home.exists():
@@ -347,42 +355,15 @@ def _load(run: Run) -> nn.Module:
     return model
 
 
-def _load_checkpoint(checkpoint: Checkpoint) -> nn.Module:
-    path = Path(checkpoint.path)
-    if not path.is_file():
-        raise StoreError(f"checkpoint {path}: there is no such file")
-    if checkpoint.sha256 is not None and _digest(path) != checkpoint.sha256:
-        raise StoreError(f"checkpoint {path}: its sha256 is {_digest(path)}, not {checkpoint.sha256}")
-    name, _, dataset = (checkpoint.model or "").partition(":")
-    if not dataset:
-        raise StoreError(f"checkpoint {path}: model must name a net and a data set, as in digits_wide:digits")
-    try:
-        if checkpoint.format == "safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can fail in any way; none of them is worth a traceback
-        raise StoreError(f"checkpoint {path}: not a {checkpoint.format} file ({error})".splitlines()[0]) from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise StoreError(f"checkpoint {path}: not a state_dict, a mapping of names to tensors")
-    data = load_data(dataset)
-    model = build_model(name, num_classes=data.num_classes, image_shape=data.image_shape)
-    wanted = model.state_dict()
-    for key in [*wanted, *state]:
-        if key not in state or key not in wanted:
-            raise StoreError(f"checkpoint {path}: {key} {'is missing' if key in wanted else f'is not part of {name}'}")
-        if state[key].shape != wanted[key].shape:
-            shapes = f"{tuple(state[key].shape)}, not {tuple(wanted[key].shape)}"
-            raise StoreError(f"checkpoint {path}: {key} has shape {shapes}")
-    model.load_state_dict(state)
-    return model
-
-
 def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -> None:
-    """Train under the run's lock, unless another process has done so while we waited."""
+    """Train under the run's lock, unless another process has done so while we waited.
+
+    Of several processes that train together the first holds the lock and writes.
+    """
     teacher = None if run.teacher is None else load_or_train(run.teacher, device=device)
-    with _lock(run):
-        if is_finished(run):
+    writes = distributed.rank() == 0
+    with _lock(run) if writes else nullcontext():
+        if distributed.decided(lambda: is_finished(run)):
             return
         home = folder(run)
         student = _fresh(run)
@@ -392,11 +373,13 @@ def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -
         started = time.perf_counter()
         resume = _load_training(run)
         before = resume[1]["seconds"] if resume else 0.0
+        resumed = 1 + resume[1].get("resumed", 0) if resume else 0
 
         def save(state: TrainingState) -> None:
-            if state.epoch < state.epochs:
+            if writes and state.epoch < state.epochs:
                 seconds = before + time.perf_counter() - started
-                record = state.record() | {"seconds": seconds, "run": describe(run)}
+                record = state.record() | {"seconds": seconds, "resumed": resumed, "run": describe(run)}
+                record |= {"steps": -(-_examples(run) // run.schedule.batch_size)}
                 tensors = state.tensors()
                 metadata = {"record": json.dumps(record), "sha256": _content(tensors)}
                 path = home / "checkpoint.safetensors"
@@ -410,24 +393,43 @@ def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -
             teacher=teacher,
             seed=run.seed,
             device=device,
-            callbacks=[save, *callbacks],
+            callbacks=callbacks if writes else (),
             resume=resume,
+            save=save,
+            save_seconds=SAVE_SECONDS,
         )
-        weights = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
-        _replace(home / "model.safetensors", lambda partial: safetensors.torch.save_file(weights, partial))
-        _replace(home / "history.csv", lambda partial: _write_history(partial, curve.rows))
-        record = {
-            "key": run_key(run),
-            "run": describe(run),
-            "sha256": _digest(home / "model.safetensors"),
-            "selected_epoch": curve.selected_epoch,
-            "parameters": sum(parameter.numel() for parameter in student.parameters()),
-            "seconds": round(before + time.perf_counter() - started, 3),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "environment": environment(device),
-        }
-        _write_json(home / "run.json", record)
-        (home / "checkpoint.safetensors").unlink(missing_ok=True)
+        distributed.decided(
+            lambda: _write_result(run, student, curve, device, before + time.perf_counter() - started, resumed)
+        )
+
+
+def _examples(run: Run) -> int:
+    """How many examples an epoch of the run shows."""
+    n = len(load_data(run.dataset).fitting.labels)
+    return min(n, run.schedule.images) if run.schedule.images else n
+
+
+def _write_result(
+    run: Run, student: nn.Module, curve: History, device: torch.device, seconds: float, resumed: int
+) -> None:
+    home = folder(run)
+    weights = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
+    _replace(home / "model.safetensors", lambda partial: safetensors.torch.save_file(weights, partial))
+    _replace(home / "history.csv", lambda partial: _write_history(partial, curve.rows))
+    record = {
+        "key": run_key(run),
+        "run": describe(run),
+        "sha256": digest_of(home / "model.safetensors"),
+        "selected_epoch": curve.selected_epoch,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+        "seconds": round(seconds, 3),
+        "resumed": resumed,
+        "processes": distributed.world_size(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment(device),
+    }
+    _write_json(home / "run.json", record)
+    (home / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
 def _load_training(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
@@ -473,9 +475,9 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
 class Job:
     """One piece of work of the run graph: a training, or a measurement on a trained run."""
 
-    run: Run
+    run: Source
     measure: Measure | None = None
-    reference: Run | Checkpoint | None = None
+    reference: Source | None = None
 
     def is_done(self) -> bool:
         """Whether the store already has the result."""
@@ -486,8 +488,9 @@ class Job:
     def needs(self) -> list[Run]:
         """The runs that must be finished before."""
         if self.measure is None:
-            return [source for source in (self.run.teacher, self.run.init) if isinstance(source, Run)]
-        return [self.run] + ([self.reference] if isinstance(self.reference, Run) else [])
+            parents = (self.run.teacher, self.run.init) if isinstance(self.run, Run) else ()
+            return [source for source in parents if isinstance(source, Run)]
+        return [source for source in (self.run, self.reference) if isinstance(source, Run)]
 
 
 @dataclass
@@ -497,6 +500,11 @@ class Outcome:
     made: int = 0
     cached: int = 0
     failed: dict[Job, str] = field(default_factory=dict)
+
+    @property
+    def causes(self) -> list[str]:
+        """Why jobs failed, each reason once; not what failed because of them."""
+        return sorted({reason for reason in self.failed.values() if not reason.startswith("needs ")})
 
 
 def do(job: Job, device: str | None = None, callbacks: Sequence[Callback] = ()) -> None:
@@ -524,34 +532,62 @@ def run_all(
 
     Args:
         workers: local processes (default: one a core); 1 works in this process.
-        executor: where to send jobs instead (any ``concurrent.futures`` executor).
+        executor: where to send jobs instead (any ``concurrent.futures`` executor whose workers see the same store).
         progress: called every second or so with (jobs done, jobs to do, what is being done).
     """
-    wanted = list(jobs)
-    graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
-    graph += [job for job in dict.fromkeys(wanted) if job.measure is not None]
-    todo = [job for job in graph if not job.is_done()]
+    graph = graph_of(jobs)
+    todo = distributed.decided(lambda: [job for job in graph if not job.is_done()])
     outcome = Outcome(cached=len(graph) - len(todo))
     if not todo:
         return outcome
     check_writable(paths.runs())
-    workers = workers or os.cpu_count() or 1
+    workers = workers or default_workers(device)
     if executor is not None:
-        _schedule(todo, executor, device, outcome, progress)
-    elif workers == 1 or len(todo) == 1:
+        places = {"KDIGA_RUNS": str(paths.runs().absolute()), "KDIGA_DATA": str(paths.data().absolute())}
+        _schedule(todo, executor, partial(_do_elsewhere, places), device, outcome, progress)
+    elif workers == 1 or len(todo) == 1 or distributed.world_size() > 1:
         _in_turn(todo, device, outcome, progress)
     else:
         # spawn: a forked child would inherit torch's threads in whatever state they are.
-        with ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _end_with_parent) as pool:
+        context = get_context("spawn")
+        number = context.Value("i", 0)
+        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin_worker, (number,)) as pool:
             try:
-                _schedule(todo, pool, device, outcome, progress)
+                _schedule(todo, pool, do, device, outcome, progress)
             except KeyboardInterrupt:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return outcome
 
 
-def _end_with_parent() -> None:
+def graph_of(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs and everything they stand on: trainings in an order they can be done in, then measurements."""
+    wanted = list(jobs)
+    graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
+    return graph + [job for job in dict.fromkeys(wanted) if job.measure is not None]
+
+
+def default_workers(device: str | None = None) -> int:
+    """Local processes that make sense: one a GPU, or one a core."""
+    return max(1, torch.cuda.device_count()) if resolve_device(device).type == "cuda" else os.cpu_count() or 1
+
+
+def _do_elsewhere(places: dict[str, str], job: Job, device: str | None) -> None:
+    """``do`` on another machine, with the store and the data of this one."""
+    os.environ.update(places)
+    do(job, device)
+
+
+def _begin_worker(number: Any) -> None:
+    """In a worker: take the next GPU, and stop with the parent."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine % torch.cuda.device_count())
+    end_with_parent()
+
+
+def end_with_parent() -> None:
     """In a worker: stop as soon as the parent is gone, however it went; an orphan would train on unseen."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -586,12 +622,19 @@ def _in_turn(todo: list[Job], device: str | None, outcome: Outcome, progress: Pr
             try:
                 do(job, device, [_report_epochs(job, outcome, progress, len(todo))])
             except Exception as raised:  # reported by name at the end; the other jobs go on
+                if distributed.world_size() > 1:
+                    raise  # alone, this process would wait for the others for ever
                 error = raised
         _note(job, error, outcome, progress, len(todo))
 
 
 def _schedule(
-    todo: list[Job], executor: Executor, device: str | None, outcome: Outcome, progress: Progress | None
+    todo: list[Job],
+    executor: Executor,
+    work: Callable[[Job, str | None], None],
+    device: str | None,
+    outcome: Outcome,
+    progress: Progress | None,
 ) -> None:
     """Keep the executor fed with jobs whose needs are met."""
     waiting = list(todo)
@@ -604,10 +647,15 @@ def _schedule(
                 _note(job, StoreError(reason), outcome, progress, len(todo))
             elif not any(run in open_runs for run in job.needs()):
                 waiting.remove(job)
-                running[executor.submit(do, job, device)] = job
+                running[executor.submit(work, job, device)] = job
         if running:
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                _note(running.pop(future), future.exception(), outcome, progress, len(todo))
+                job, error = running.pop(future), future.exception()
+                if error is None and not job.is_done():
+                    error = StoreError(
+                        f"done, but its result is not in {paths.runs()}: do the workers share that folder?"
+                    )
+                _note(job, error, outcome, progress, len(todo))
             if progress is not None:
                 now = [text for job in running.values() if (text := _underway(job)) is not None]
                 progress(outcome.made + len(outcome.failed), len(todo), "; ".join(now))
@@ -624,7 +672,7 @@ def _report_epochs(job: Job, outcome: Outcome, progress: Progress | None, total:
 
 def _underway(job: Job) -> str | None:
     """What a job in another process is at, read from the store; None if it has not begun to write."""
-    if job.measure is not None:
+    if job.measure is not None or isinstance(job.run, Checkpoint):
         return None
     epoch = epochs_done(job.run)
     return f"{title(job)}, epoch {epoch}/{job.run.schedule.epochs}" if epoch else None
@@ -639,34 +687,52 @@ def epochs_done(run: Run) -> int:
 def title(job: Job) -> str:
     """A job in a few words, for progress lines."""
     run = job.run
+    if isinstance(run, Checkpoint):
+        return f"measure {run.model}, {run.format} file"
     name = f"{_NAMES[type(run.method)]} {run.model} on {run.dataset}, seed {run.seed}"
     return f"train {name}" if job.measure is None else f"measure {name}"
 
 
 def list_store() -> list[dict[str, Any]]:
-    """What the store holds, newest first: key, state (finished, epoch e of E, damaged), what it is, epochs, seconds."""
+    """What the store holds, newest first.
+
+    Key, state (finished, epoch e of E, damaged), what it is, epochs, seconds; clean validation accuracy in per cent of
+    the last epoch, and the seconds left to the end (None where they are not known).
+    """
     entries = []
     for home in sorted(paths.runs().glob("*/"), key=lambda path: -path.stat().st_mtime):
         try:
             record = json.loads((home / "run.json").read_text())
             run = record["run"]
-            state, epochs, seconds = "finished", run["schedule"]["epochs"], record["seconds"]
+            state, epochs, seconds, left = "finished", run["schedule"]["epochs"], record["seconds"], 0.0
+            with (home / "history.csv").open(newline="") as file:
+                rows = list(csv.DictReader(file))
         except FileNotFoundError:
             record = _unfinished(home)
             if record is None:
                 continue
-            run, epochs, seconds = record["run"], record["epoch"], round(record["seconds"], 1)
-            state = f"epoch {record['epoch']} of {run['schedule']['epochs']}"
+            run, epochs, seconds, rows = record["run"], record["epoch"], round(record["seconds"], 1), record["rows"]
+            state, left = _progress(record)
         except (OSError, ValueError, KeyError, TypeError) as error:
             entries.append({"key": home.name, "state": f"damaged ({error})", "what": "", "epochs": 0, "seconds": 0})
             continue
         if ".damaged-" in home.name:
             state = "set aside as damaged"
         what = f"{run['method']['type']} {run['model']} on {run['dataset']}, seed {run['seed']}"
-        entries.append(
-            {"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds, "run": run}
-        )
+        accuracy = rows[-1].get("validation_clean") if rows else None
+        entry = {"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds}
+        entry |= {"accuracy": float(accuracy) if accuracy else None, "seconds_left": left}
+        entries.append(entry | {"run": run})
     return entries
+
+
+def _progress(record: dict[str, Any]) -> tuple[str, float | None]:
+    """The state of an unfinished training in words, and the seconds left at the pace so far."""
+    total, done = record["run"]["schedule"]["epochs"], record["epoch"]
+    inside = record.get("step", 0) / record["steps"] if record.get("steps") else 0.0
+    state = f"epoch {done} of {total}" + (f" and {100 * inside:.0f} %" if inside else "")
+    share = (done + inside) / total
+    return state, round(record["seconds"] * (1 - share) / share, 1) if share else None
 
 
 def _unfinished(home: Path) -> dict[str, Any] | None:

@@ -1,8 +1,12 @@
 """``Schedule``, ``train_step`` and ``train``: one loop for every method.
 
 Each epoch draws its data order, augmentation, dropout and random starts from generators seeded by (seed, epoch), so an
-epoch is a function of the state before it: a training resumed from its last finished epoch repeats, bit for bit, what
-the uninterrupted one does on the same machine.
+epoch is a function of the state before it: a training resumed from its last finished epoch, or from a point inside an
+epoch, repeats, bit for bit, what the uninterrupted one does on the same machine.
+
+The same loop runs on a CPU, a GPU, or several processes with a GPU each (torchrun): there every batch is shared out,
+and what the processes compute together is what one computes on the whole batch (``distributed``). On a GPU the nets lie
+in channels-last order, the optimiser is fused, matrix products use TF32, and the loop never waits for a number.
 """
 
 import math
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb import distributed
-from kdiga_nb.attacks import PGD, frozen
-from kdiga_nb.data import Data, Split, batches
-from kdiga_nb.methods import Method
+from kdiga_nb.attacks import PGD, Attack, frozen
+from kdiga_nb.data import Data, Feed, Shard, Split
+from kdiga_nb.methods import KnownTeacher, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
 
+CHECK_EVERY = 50  # steps on a GPU between two looks at whether the terms are finite: each look waits for the GPU
+PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 POLICIES = ("multistep", "one_cycle", "constant")
 SELECTIONS = ("last", "validation", "best_on_test")
@@ -50,6 +56,9 @@ class Schedule:
         trainable: ``all`` weights or the ``head`` alone.
         selection: keep the ``last`` epoch, or the one of best robust accuracy on ``validation`` (PGD-20 of radius
             ``selection_epsilon``), or, as the authors did, ``best_on_test``.
+        precision: ``float32``, or ``bfloat16``: convolutions and matrix products of student and teacher, and of their
+            gradients, in bf16; logits, losses, the alignment term and the weights stay in fp32.
+        images: train on the first so many fitting examples and validate on at most as many (0: all).
     """
 
     epochs: int
@@ -67,9 +76,13 @@ class Schedule:
     trainable: str = "all"
     selection: str = "last"
     selection_epsilon: float = 0.0
+    # Younger than the keys in people's stores, which these enter only where they differ from the default.
+    precision: str = field(default="float32", metadata={"unnamed_at_default": True})
+    images: int = field(default=0, metadata={"unnamed_at_default": True})
 
     def __post_init__(self) -> None:
         for name, allowed in {
+            "precision": PRECISIONS,
             "optimizer": OPTIMIZERS,
             "policy": POLICIES,
             "selection": SELECTIONS,
@@ -81,7 +94,7 @@ class Schedule:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        for name in ("decay", "momentum", "weight_decay", "clip_norm"):
+        for name in ("decay", "momentum", "weight_decay", "clip_norm", "images"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.selection_epsilon <= 1:
@@ -111,7 +124,11 @@ class History:
 
 @dataclass
 class TrainingState:
-    """A training between two epochs: everything the rest of it depends on."""
+    """A training between two steps: everything the rest of it depends on.
+
+    Between two epochs ``step`` is 0 and ``random`` empty; inside one they are the steps done and the states of the
+    generators.
+    """
 
     student: nn.Module
     criterion: Method | nn.Module
@@ -121,6 +138,9 @@ class TrainingState:
     best_score: float = -1.0
     epoch: int = 0
     epochs: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state under readable names, copied."""
@@ -130,12 +150,15 @@ class TrainingState:
             named |= {f"criterion.{k}": v for k, v in self.criterion.state_dict().items()}
         for index, parameter in enumerate(self.optimizer.param_groups[0]["params"]):
             named |= {f"optimizer.{index}.{k}": v for k, v in self.optimizer.state[parameter].items() if v is not None}
+        named |= {f"random.{k}": v for k, v in self.random.items()}
         return {k: v.detach().clone().contiguous() for k, v in named.items()}
 
     def record(self) -> dict[str, Any]:
         """The rest of the state, as JSON takes it."""
         return {
             "epoch": self.epoch,
+            "step": self.step,
+            "sums": dict(self.sums),
             "best_score": self.best_score,
             "selected_epoch": self.history.selected_epoch,
             "rows": [dict(row) for row in self.history.rows],
@@ -154,10 +177,19 @@ class TrainingState:
         for name, value in part("optimizer.").items():
             index, _, slot = name.partition(".")
             parameter = parameters[int(index)]
-            self.optimizer.state[parameter][slot] = value.to(parameter.device, copy=True)
-        self.best = part("best.")
+            self.optimizer.state[parameter][slot] = _slot(value, parameter, self.optimizer)
+        self.best, self.random = part("best."), part("random.")
         self.best_score, self.epoch = record["best_score"], record["epoch"]
+        self.step, self.sums = record.get("step", 0), dict(record.get("sums", {}))
         self.history = History(list(record["rows"]), record["selected_epoch"])
+
+
+def _slot(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A saved part of an optimiser's state as the optimiser itself would hold it."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    # The step count: only a fused optimiser keeps it on the GPU.
+    return value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
 Callback = Callable[[TrainingState], None]
@@ -182,17 +214,44 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     return resolved
 
 
+def placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The net on the device, in the memory order that is fastest there."""
+    model.to(device)
+    if device.type == "cuda":
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
+    return model
+
+
 @contextmanager
-def computing(image_shape: tuple[int, int, int]) -> Iterator[None]:
-    """One thread for small images: splitting microseconds of work costs more than it gives, and moves the last bits."""
-    threads = torch.get_num_threads()
-    small = image_shape[1] * image_shape[2] <= 256
+def computing(image_shape: tuple[int, int, int], device: torch.device | None = None) -> Iterator[None]:
+    """How numbers are computed: TF32 on a GPU, and on the CPU one thread for small images.
+
+    Splitting microseconds of work over threads costs more than it gives, and moves the last bits.
+    """
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
-        if small:
+        if device is not None and device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        elif image_shape[1] * image_shape[2] <= 256:
             torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+class Autocast(nn.Module):
+    """A net whose forward pass, and with it every gradient through it, runs in bf16; its logits are fp32 again."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        super().__init__()
+        self.model, self.kind = model, device.type
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in fp32 -> logits (B, N) in fp32."""
+        with torch.autocast(self.kind, torch.bfloat16):
+            logits = self.model(x)
+        return logits.float()
 
 
 def train_step(
@@ -210,11 +269,31 @@ def train_step(
     Raises:
         TrainingError: a term is not finite; the weights are as before the step.
     """
+    return {
+        name: value.item() for name, value in _advance(student, teacher, method, optimizer, x, y, clip_norm).items()
+    }
+
+
+def _advance(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    method: Method | nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+    share: float = 1.0,
+    check: bool = True,
+) -> dict[str, Tensor]:
+    """``train_step`` that leaves the terms where they were computed, and looks at them only if asked to ``check``.
+
+    ``share`` is how much more of the batch this process has than the average one has.
+    """
     terms = method(student, teacher, x, y)
-    values = {name: value.item() for name, value in terms.items()}
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise TrainingError(f"the term {name} is {value}")
+    if share != 1:
+        terms = {name: share * value for name, value in terms.items()}
+    if check:
+        check_finite(terms)
     optimizer.zero_grad(set_to_none=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     # Naming the inputs keeps the backward pass from also computing the gradient of every term for the pixels.
@@ -223,7 +302,15 @@ def train_step(
     if clip_norm:
         nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
-    return values
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def check_finite(terms: dict[str, Tensor]) -> None:
+    """Raise ``TrainingError`` if a term is not finite."""
+    for name, term in terms.items():
+        value = term.item()
+        if not math.isfinite(value):
+            raise TrainingError(f"the term {name} is {value}")
 
 
 def begin(
@@ -237,10 +324,12 @@ def begin(
     if isinstance(criterion, nn.Module):
         parameters = parameters + list(criterion.parameters())
     rate, decay = schedule.learning_rate, schedule.weight_decay
+    fused = device.type == "cuda"
+    kernels: dict[str, Any] = {"weight_decay": decay, "fused": fused, "foreach": not fused}
     if schedule.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay, foreach=True)
+        optimizer = torch.optim.AdamW(parameters, rate, **kernels)
     else:
-        optimizer = torch.optim.SGD(parameters, rate, momentum=schedule.momentum, weight_decay=decay, foreach=True)
+        optimizer = torch.optim.SGD(parameters, rate, momentum=schedule.momentum, **kernels)
     return TrainingState(student, criterion, optimizer, epochs=schedule.epochs)
 
 
@@ -255,31 +344,40 @@ def train(
     device: str | torch.device | None = None,
     callbacks: Sequence[Callback] = (),
     resume: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    save: Callback | None = None,
+    save_seconds: float = math.inf,
 ) -> History:
     """Train ``student`` in place; it ends in eval mode with the weights of the selected epoch.
 
     Args:
         teacher: used frozen, in eval mode.
-        callbacks: called after each epoch with the ``TrainingState``; saving it there is what makes a kill cost one
-            epoch.
-        resume: ``(state.tensors(), state.record())`` of an earlier epoch of the same training.
+        callbacks: called after each epoch with the ``TrainingState``.
+        save: called after each epoch, before the callbacks, and inside an epoch whenever ``save_seconds`` have gone by;
+            saving ``state.tensors()`` and ``state.record()`` there is what makes a kill cost no more than that.
+        resume: ``(state.tensors(), state.record())`` of an earlier point of the same training, on any device and any
+            number of processes.
 
     Raises:
-        ValueError: a method that needs a teacher has none.
-        TrainingError: a term is not finite (names term, epoch and step).
+        ValueError: a method that needs a teacher has none, or a selection on validation examples has none.
+        TrainingError: a term is not finite (names term, epoch and step), or the memory does not suffice (names the
+            batch size that fits).
     """
     if method.needs_teacher and teacher is None:
         raise ValueError(f"{type(method).__name__} needs a teacher")
+    if schedule.selection == "validation" and not len(data.validation.labels):
+        raise ValueError(f"selection: {data.name} holds no validation examples out; choose last")
     where = resolve_device(device)
-    student.to(where)
-    fitting = Split(*(part.to(where) for part in data.fitting))
+    distributed.synchronise(placed(student, where))
+    shard = Shard(distributed.rank(), distributed.world_size())
+    feed = Feed(data, where, images=schedule.images, shard=shard)
     state = begin(student, method, data, schedule, seed=seed, device=where)
     if resume is not None:
         state.restore(*resume)
-    with computing(data.image_shape), torch.random.fork_rng(), _still(teacher, where):
+    saver = _Saver(save, save_seconds)
+    with computing(data.image_shape, where), torch.random.fork_rng(), _still(teacher, feed, schedule) as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
-            row = _epoch(state, teacher, data, fitting, schedule, seed)
+            row = _epoch(state, teacher, feed, schedule, seed, saver)
             state.epoch += 1
             score = _score(student, data, schedule, row)
             if score >= state.best_score:
@@ -288,6 +386,7 @@ def train(
                     state.best = {k: v.detach().clone() for k, v in student.state_dict().items()}
             row["seconds"] = time.perf_counter() - started
             state.history.rows.append(row)
+            saver(state)
             for callback in callbacks:
                 callback(state)
     if state.best:
@@ -297,57 +396,199 @@ def train(
 
 
 @contextmanager
-def _still(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """The teacher on the device, in eval mode and without parameter gradients, for the length of a training."""
+def _still(teacher: nn.Module | None, feed: Feed, schedule: Schedule) -> Iterator[nn.Module | None]:
+    """The teacher on the device, in eval mode and without parameter gradients, for the length of a training.
+
+    One that would be asked the same in every epoch keeps its answers.
+    """
     if teacher is None:
-        yield
+        yield None
         return
-    with frozen(teacher.to(device)):
-        yield
+    with frozen(placed(teacher, feed.device)):
+        yield KnownTeacher(teacher, *feed.split, schedule.batch_size) if _repeats(feed, schedule) else teacher
+
+
+def _repeats(feed: Feed, schedule: Schedule) -> bool:
+    """Whether a teacher is asked the same in every epoch, about few enough images to keep the answers."""
+    if schedule.augment or feed.photographs is not None or schedule.precision != "float32":
+        return False
+    images = feed.split.images
+    small = images.numel() * images.element_size() <= 64 * 2**20
+    return small and images.is_floating_point() and images.device.type == "cpu"
+
+
+class _Saver:
+    """Calls ``save`` when asked to, and remembers when it last did."""
+
+    def __init__(self, save: Callback | None, seconds: float):
+        self.save, self.seconds, self.last = save, seconds, time.monotonic()
+
+    def is_due(self) -> bool:
+        return self.save is not None and time.monotonic() - self.last >= self.seconds
+
+    def __call__(self, state: TrainingState) -> None:
+        if self.save is not None:
+            self.save(state)
+        self.last = time.monotonic()
 
 
 def _epoch(
-    state: TrainingState, teacher: nn.Module | None, data: Data, fitting: Split, schedule: Schedule, seed: int
+    state: TrainingState, teacher: nn.Module | None, feed: Feed, schedule: Schedule, seed: int, saver: _Saver
 ) -> dict[str, float]:
-    """One pass over the fitting part: the means of the terms."""
-    torch.manual_seed(seed * 1_000_003 + state.epoch)
+    """One pass over the fitting part, or what is left of it: the means of the terms."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + state.epoch)
-    steps = math.ceil(len(fitting.labels) / schedule.batch_size)
-    sums: dict[str, float] = {}
-    state.student.train()
+    _seed(state, feed, seed)
+    steps, processes = feed.steps(schedule.batch_size), feed.shard.size
+    sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.sums.items()}
+    student, teacher = _in_precision(state.student, feed, schedule), teacher and _in_precision(teacher, feed, schedule)
+    _train_mode(state.student, schedule)
+    batches = feed.epoch(
+        schedule.batch_size, generator, schedule.augment, skip=state.step, state=state.random.get("data")
+    )
+    on_gpu = feed.device.type == "cuda"
+    for step, (x, y) in enumerate(batches, state.step):
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule.rate(state.epoch, (step + 0.5) / steps)
+        whole = min(schedule.batch_size, feed.size - step * schedule.batch_size)
+        where = f"at epoch {state.epoch + 1}, step {step + 1} of {steps}"
+        try:
+            with _naming_the_batch_that_fits(student, teacher, state, x, y):
+                terms = _advance(
+                    student,
+                    teacher,
+                    state.criterion,
+                    state.optimizer,
+                    x,
+                    y,
+                    schedule.clip_norm,
+                    share=len(y) * processes / whole,
+                    check=not on_gpu,
+                )
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.double() / steps
+            if on_gpu and (step + 1) % CHECK_EVERY == 0:
+                check_finite(sums)
+        except TrainingError as error:
+            raise TrainingError(f"{error} {where}") from None
+        if step + 1 < steps and saver.is_due():
+            state.step, state.random = step + 1, _random_states(generator, feed.device)
+            state.sums = {name: value.item() for name, value in sums.items()}
+            saver(state)
+    check_finite(sums)
+    state.step, state.sums, state.random = 0, {}, {}
+    means = {name: distributed.summed(value).item() / processes for name, value in sums.items()}
+    return {"epoch": state.epoch + 1, "learning_rate": schedule.rate(state.epoch, 0.5)} | means
+
+
+def _in_precision(net: nn.Module, feed: Feed, schedule: Schedule) -> nn.Module:
+    return net if schedule.precision == "float32" else Autocast(net, feed.device)
+
+
+def _train_mode(student: nn.Module, schedule: Schedule) -> None:
+    student.train()
     if schedule.trainable == "head":
         # The body is a fixed feature extractor: its BatchNorm statistics stay as well.
-        state.student.eval()
+        student.eval()
         for name in ("head", "head_dropout"):
-            state.student.get_submodule(name).train()
-    for step, (x, y) in enumerate(batches(fitting, schedule.batch_size, generator)):
-        rate = schedule.rate(state.epoch, (step + 0.5) / steps)
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        if schedule.augment:
-            x = data.augmentation(x, generator)
+            student.get_submodule(name).train()
+
+
+def _random_states(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    states = {"data": generator.get_state(), "cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
+    """Set the generators of dropout and random starts for the epoch, or for the rest of it.
+
+    Each process has its own, so inside an epoch only the first can take up the states it saved.
+    """
+    at = seed * 1_000_003 + state.epoch
+    if not feed.shard.rank:
+        torch.manual_seed(at)
+        if state.random:
+            torch.set_rng_state(state.random["cpu"])
+        if "cuda" in state.random and feed.device.type == "cuda":
+            torch.cuda.set_rng_state(state.random["cuda"], feed.device)
+    else:
+        torch.manual_seed((at * 1009 + state.step) * 1009 + feed.shard.rank)
+
+
+# ---- memory ----
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On a CPU it is the allocator that says so, or oneDNN, in its own words.
+    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def _naming_the_batch_that_fits(
+    student: nn.Module, teacher: nn.Module | None, state: TrainingState, x: Tensor, y: Tensor
+) -> Iterator[None]:
+    """Turn an allocation that failed into a ``TrainingError`` that says which batch size fits, found by trying."""
+    try:
+        yield
+        return
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Outside the handler, so that the failed step's graph is gone.
+    state.optimizer.zero_grad(set_to_none=True)
+    processes = distributed.world_size()
+    fits = len(y) // 2 if processes > 1 else _largest_that_fits(student, teacher, state, x, y)
+    total = len(y) * processes
+    advice = (
+        f"batch_size {fits * processes} {'may fit' if processes > 1 else 'fits'}" if fits else "even 1 does not fit"
+    )
+    raise TrainingError(f"out of memory with {total} images a step on {x.device}: {advice}; what was saved is kept,")
+
+
+def _largest_that_fits(
+    student: nn.Module, teacher: nn.Module | None, state: TrainingState, x: Tensor, y: Tensor
+) -> int:
+    """The first of n/2, n/4, … whose loss and gradients can be computed; 0 if none. (No collectives: one process.)"""
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    n = len(y)
+    while n := n // 2:
+        if x.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
-            values = train_step(
-                state.student, teacher, state.criterion, state.optimizer, x, y, clip_norm=schedule.clip_norm
-            )
-        except TrainingError as error:
-            raise TrainingError(f"{error} at epoch {state.epoch + 1}, step {step + 1} of {steps}") from None
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value / steps
-    return {"epoch": state.epoch + 1, "learning_rate": schedule.rate(state.epoch, 0.5)} | sums
+            terms = state.criterion(student, teacher, x[:n], y[:n])
+            torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)
+            return n
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+    return 0
 
 
 def _score(student: nn.Module, data: Data, schedule: Schedule, row: dict[str, float]) -> float:
     """Validation accuracy goes into the row; the score, by which epochs are selected, rises for ``last``."""
-    device = next(student.parameters()).device
-    if len(data.validation.labels):
-        row["validation_clean"] = accuracy(student, *_on(data.validation, device)).percent
+    validation = Split(*(part[: schedule.images or None] for part in data.validation))
+    if len(validation.labels):
+        row["validation_clean"] = _shared_accuracy(student, validation)
     if schedule.selection == "last":
         return row["epoch"]
     attack = PGD(schedule.selection_epsilon, schedule.selection_epsilon / 10, 20)
-    part = data.validation if schedule.selection == "validation" else data.test
-    row["selection_robust"] = accuracy(student, *_on(part, device), attack=attack).percent
+    part = validation if schedule.selection == "validation" else data.test
+    row["selection_robust"] = _shared_accuracy(student, part, attack)
     return row["selection_robust"]
+
+
+def _shared_accuracy(student: nn.Module, part: Split, attack: Attack | None = None) -> float:
+    """Accuracy in per cent, the images shared out over the processes (whose random starts differ)."""
+    device = next(student.parameters()).device
+    rank, processes = distributed.rank(), distributed.world_size()
+    if processes == 1:
+        return accuracy(student, *_on(part, device), attack=attack).percent
+    share = -(-len(part.labels) // processes)
+    mine = Split(*(values[rank * share : (rank + 1) * share] for values in part))
+    correct = torch.zeros((), device=device)
+    if len(mine.labels):
+        correct += accuracy(student, *_on(mine, device), attack=attack).percent * len(mine.labels) / 100
+    return round(distributed.summed(correct).item()) * 100 / len(part.labels)
 
 
 def _on(split: Split, device: torch.device) -> Split:

@@ -294,7 +294,7 @@ def test_robust_accuracy_does_not_rise_with_restarts(trained: nn.Module, digits:
     assert survivors[0].sum() > survivors[-1].sum() > 0
 
 
-@pytest.mark.parametrize("epsilon", [0.02, 0.1])
+@pytest.mark.parametrize("epsilon", [0.05, 0.1])
 def test_restarts_keep_the_first_success_or_else_the_highest_loss(
     epsilon: float, trained: nn.Module, digits: Data
 ) -> None:
@@ -393,7 +393,7 @@ def test_bad_images_and_labels_are_refused(attack: Attack, images: Tensor, label
         (lambda: PGD(0.1, float("nan"), 1), "step_size must not be negative"),
         (lambda: PGD(0.1, 0.1, 0), "steps and restarts must be at least 1"),
         (lambda: PGD(0.1, 0.1, 1, restarts=0), "steps and restarts must be at least 1"),
-        (lambda: AutoAttack(0.1, version="plus"), "version must be one of standard, rand, got 'plus'"),
+        (lambda: AutoAttack(0.1, version="plus"), "version must be one of standard, rand, apgd, square, got 'plus'"),
     ],
 )
 def test_bad_settings_are_refused(build: Callable[[], Attack], message: str) -> None:

@@ -11,14 +11,17 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import ARTIFACTS, table5
+from kdiga_nb.artifacts import table5
 from kdiga_nb.cli import app, artefact_names, notebook_parameters
 from kdiga_nb.params import Table1Params, Table5Params, read
 from kdiga_nb.report import COLUMNS
 from kdiga_nb.runs import ancestors, list_store, run_key
+from kdiga_nb.studies import EVERY
 
 SMOKE = paths.PARAMS / "smoke"
 
@@ -72,7 +75,7 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["reproduce", "--scale", "cifar1000"], "--scale: must be one of digits, .*smoke.*, got 'cifar1000'"),
+        (["reproduce", "--scale", "cifar1000"], "--scale: must be one of cifar10, .*smoke.*, got 'cifar1000'"),
         (["reproduce", "--scale", "smoke", "--only", "table7"], "--only: must be one of figure1, .*, got 'table7'"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "lamda_iga=3"], "lamda_iga: unknown key"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "epsilon=1.5"], "epsilon: .* got 1.5"),
@@ -119,7 +122,7 @@ def test_help(arguments: list[str]):
 def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
     result = kdiga("reproduce", "--scale", "smoke", "--dry-run")
     assert result.exit_code == 0
-    for name in ARTIFACTS:
+    for name in EVERY:
         assert f"{name}: " in result.stdout
     assert "trainings: 0 cached" in result.stdout
     teacher = table5(read(Table5Params, SMOKE / "table5.yaml")).row("kdiga_fgsm").runs[0].teacher
@@ -132,17 +135,17 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
 
 def test_artefacts_are_named_in_reading_order():
     names = [name for name in artefact_names("smoke") if name != "walkthrough"]
-    assert names == list(ARTIFACTS)
+    assert names == list(EVERY)
 
 
-@pytest.mark.parametrize("name", ARTIFACTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_parameters_of_a_notebook_are_read_from_its_cell(name: str):
-    assert notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb") == set(ARTIFACTS[name].params.model_fields)
+    assert notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb") == set(EVERY[name].params.model_fields)
 
 
 def test_train_one_row_and_list_it(own_figures: Path):
     file = SMOKE / "table1.yaml"
-    row = ARTIFACTS["table1"].build(read(Table1Params, file)).row("kdiga")
+    row = EVERY["table1"].build(read(Table1Params, file)).row("kdiga")
     result = kdiga("train", str(file), "--row", "kdiga", "--jobs", "1")
     assert result.exit_code == 0
     assert "runs: 2 made, 0 cached, 0 failed" in result.stdout
@@ -167,6 +170,72 @@ def test_training_that_fails_names_the_run_and_why():
     assert result.exit_code == 1
     assert "0 made, 0 cached, 1 failed" in result.stdout
     assert "the term cross_entropy is" in result.stdout
+
+
+# ---- audit ----
+
+
+@pytest.fixture
+def weights(trained: nn.Module, tmp_path: Path) -> str:
+    """A trained net as a file of weights."""
+    path = tmp_path / "net.pt"
+    torch.save(trained.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["0123abcd"], "0123abcd: no finished run of the store has that key"),
+        (["missing.pt", "--model", "digits_small:digits"], "missing.pt: there is no such file"),
+        (["0123abcd", "--epsilon", "3"], "--epsilon: .*less than or equal to 1, got '3'"),
+        (["0123abcd", "--epsilon", "wide"], "--epsilon: .*number, got 'wide'"),
+    ],
+)
+def test_an_audit_refused_in_one_line(arguments: list[str], says: str):
+    result = kdiga("audit", *arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert re.search(says, line), line
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (None, "model must name a net and a data set, as in"),
+        ("digits_small:mnits", "dataset must be one of digits"),
+        ("digits_tiny:digits", "model must be one of digits_small"),
+        ("digits_large:digits", "has shape"),
+    ],
+)
+def test_an_audit_of_a_file_needs_its_net(model: str | None, says: str, weights: str):
+    result = kdiga("audit", weights, *(["--model", model] if model else []))
+    assert result.exit_code == 2
+    assert says in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+
+
+def test_an_audit_ends_in_a_verdict_and_resumes(weights: str):
+    # At this radius every attack is over after its first steps.
+    arguments = ["audit", weights, "--model", "digits_small:digits", "--epsilon", "1/2", "--images", "20", "--json"]
+    first = kdiga(*arguments)
+    assert first.exit_code == 0, first.output
+    report = json.loads(first.stdout)
+    assert report["verdict"] in ("sound", "overstated") and report["results"]["pgd"]["percent"] == 0
+    assert {"clean", "hard_label", "square", "pgd_long", "autoattack"} <= set(report["results"])
+    assert json.loads(kdiga(*arguments).stdout) == report
+    lines = kdiga(*arguments[:-1]).stdout.splitlines()
+    assert lines[-1].startswith(report["verdict"]) and any(line.startswith("autoattack") for line in lines)
+
+
+def test_an_audit_of_a_run_that_learned_nothing_stops_and_says_why():
+    command = ["train", str(SMOKE / "table5.yaml"), "--row", "fgsm_at", "--jobs", "1"]
+    assert kdiga(*command, "--set", "fgsm_learning_rate=1000").exit_code == 0
+    (entry,) = list_store()
+    result = kdiga("audit", entry["key"])
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("invalid: no figure is evidence")
+    assert "autoattack" not in result.stdout
 
 
 # ---- whole reproductions, by processes of their own, from another folder ----
@@ -207,6 +276,20 @@ def test_reproduced_again_everything_is_cached(reproduced: tuple[Place, subproce
     done = place.reproduce()
     assert done.returncode == 0, done.stderr
     assert "runs and measurements: 0 made" in done.stdout
+    assert "notebooks: 0 made, 1 cached, 0 failed" in done.stdout
+    assert (place.figures / "table5.csv").read_bytes() == before
+
+
+def test_a_notebook_is_run_again_when_its_artefact_or_its_parameters_changed(
+    reproduced: tuple[Place, subprocess.CompletedProcess[str]],
+):
+    place, _ = reproduced
+    before = (place.figures / "table5.csv").read_bytes()
+    (place.figures / "table5.csv").write_text("spoilt")
+    for options in ([], ["--again"], ["--set", "pgd_steps=3"]):
+        assert "notebooks: 1 made, 0 cached, 0 failed" in place.reproduce(*options).stdout, options
+    # Back at the file's own parameters: what is there came from others.
+    assert "notebooks: 1 made, 0 cached, 0 failed" in place.reproduce().stdout
     assert (place.figures / "table5.csv").read_bytes() == before
 
 
@@ -235,7 +318,7 @@ def test_a_failing_notebook_is_named_and_the_status_says_so(tmp_path: Path):
     assert done.returncode == 1
     (named,) = [line for line in done.stdout.splitlines() if line.strip().startswith("failed: table5")]
     assert "ReproductionError" in named
-    assert "notebooks: 0 made, 1 failed" in done.stdout
+    assert "notebooks: 0 made, 0 cached, 1 failed" in done.stdout
     assert "the term cross_entropy is" in done.stdout
     assert "Traceback" not in done.stderr
     assert (place.figures / "notebooks" / "table5.ipynb").exists()

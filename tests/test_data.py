@@ -1,14 +1,17 @@
-"""Digits, their augmentation and batches, against scikit-learn and against crops written out."""
+"""Data sets, their augmentation and batches, against scikit-learn and against crops written out."""
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from kdiga_nb.data import DATASETS, Augmentation, Data, Split, batches, load_data
+from kdiga_nb import paths
+from kdiga_nb.data import DATASETS, Augmentation, Data, DataError, Feed, Shard, Split, download, load_data
 
 
 def rows(images: Tensor) -> Counter[tuple[int, ...]]:
@@ -71,7 +74,7 @@ def test_labels_stay_with_their_images(digits: Data) -> None:
 @pytest.mark.parametrize("name", [name for name in DATASETS if name.startswith("digits")])
 def test_the_split_is_the_same_every_time(name: str) -> None:
     torch.manual_seed(99)
-    first, second = DATASETS[name](None), DATASETS[name](None)
+    first, second = DATASETS[name](paths.data()), DATASETS[name](paths.data())
     for part, again in zip((*first.train, *first.test), (*second.train, *second.test), strict=True):
         assert torch.equal(part, again)
 
@@ -152,26 +155,203 @@ def test_the_generator_decides_the_augmentation() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (10, 5), (10, 10), (10, 64), (1, 1)])
-def test_an_epoch_of_batches_shows_every_example_once(n: int, batch_size: int) -> None:
+def counted(n: int, augmentation: Augmentation | None = None) -> Data:
+    """n images of 3×2×2 pixels, each of its number; nothing is held out."""
     labels = torch.arange(n)
-    split = Split(labels.float().reshape(n, 1, 1, 1), labels)
-    parts = list(batches(split, batch_size, torch.Generator().manual_seed(0)))
+    split = Split(labels.float().reshape(n, 1, 1, 1).expand(n, 3, 2, 2) / 255, labels)
+    return Data("counted", split, split, n, 0, augmentation or Augmentation(), eight_bit=True)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(10, 3), (10, 5), (10, 10), (10, 64), (1, 1)])
+def test_an_epoch_shows_every_example_once(n: int, batch_size: int) -> None:
+    feed = Feed(counted(n), CPU)
+    parts = list(feed.epoch(batch_size, seeded(), False))
     full, rest = divmod(n, batch_size)
     assert [len(part.labels) for part in parts] == [batch_size] * full + [rest] * (rest > 0)
+    assert feed.steps(batch_size) == len(parts)
     assert sorted(torch.cat([part.labels for part in parts]).tolist()) == list(range(n))
     for images, own in parts:
-        assert torch.equal(images.flatten().long(), own)
+        assert torch.equal(images, (own / 255).reshape(-1, 1, 1, 1).expand_as(images))
 
 
 def test_the_generator_decides_the_order_of_the_batches() -> None:
-    labels = torch.arange(50)
-    split = Split(labels.float().reshape(50, 1, 1, 1), labels)
+    feed = Feed(counted(50), CPU)
 
     def order(generator: torch.Generator) -> list[int]:
-        return torch.cat([part.labels for part in batches(split, 8, generator)]).tolist()
+        return torch.cat([part.labels for part in feed.epoch(8, generator, False)]).tolist()
 
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     first, next_epoch = order(generator), order(generator)
-    assert first == order(torch.Generator().manual_seed(1))
-    assert first != next_epoch and first != labels.tolist()
+    assert first == order(seeded(1))
+    assert first != next_epoch and first != list(range(50))
+
+
+def test_a_feed_of_some_images_shows_the_first_ones() -> None:
+    feed = Feed(counted(50), CPU, images=7)
+    assert sorted(torch.cat([part.labels for part in feed.epoch(3, seeded(), False)]).tolist()) == list(range(7))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_shards_share_out_every_batch_of_one_process(processes: int) -> None:
+    """Batches of 8 out of 50: the last has 2, too few for 3 processes, which leave it out."""
+    data = counted(50, Augmentation(padding=1, flip=True))
+    alone = list(Feed(data, CPU).epoch(8, seeded(), True))
+    feeds = [Feed(data, CPU, shard=Shard(rank, processes)) for rank in range(processes)]
+    together = list(zip(*(feed.epoch(8, seeded(), True) for feed in feeds), strict=True))
+    assert len(together) == len(alone) - (processes == 3) == feeds[0].steps(8)
+    for whole, parts in zip(alone, together, strict=False):
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.images, whole.images[rank::processes])
+            assert torch.equal(part.labels, whole.labels[rank::processes])
+
+
+def test_an_epoch_goes_on_where_it_was_left() -> None:
+    feed = Feed(counted(50, Augmentation(padding=1, flip=True)), CPU)
+    generator, states, parts = seeded(), [], []
+    for part in feed.epoch(8, generator, True):
+        parts.append(part)
+        states.append(generator.get_state())
+    rest = list(feed.epoch(8, seeded(), True, skip=3, state=states[2]))
+    assert len(rest) == 4
+    for part, again in zip(parts[3:], rest, strict=True):
+        assert torch.equal(part.images, again.images) and torch.equal(part.labels, again.labels)
+
+
+# ---- torchvision's data sets: what is not there ----
+
+
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "imagenette", "imagenette_32"])
+def test_a_missing_root_says_what_to_do(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not found under .*kdiga data \w+ --download") as error:
+        load_data(name, root=tmp_path / "nowhere")
+    assert "\n" not in str(error.value)
+
+
+def test_imagenet_says_which_files_to_put_where(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ILSVRC2012_img_train\.tar") as error:
+        load_data("imagenet", root=tmp_path)
+    assert str(tmp_path / "imagenet") in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "archive"),
+    [("cifar10", "cifar-10-python.tar.gz"), ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz")],
+)
+def test_a_truncated_archive_is_named(name: str, archive: str, tmp_path: Path) -> None:
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / archive).write_bytes(b"\x1f\x8b\x08 the first bytes")
+    with pytest.raises(DataError, match=f"{archive} is damaged or not whole"):
+        load_data(name, root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, r"images of shape \(1, 8, 8\) under .*, not \(3, 32, 32\)"),
+        ({"train": Split(torch.zeros(3, 3, 32, 32), torch.zeros(2, dtype=torch.int64))}, "3 images and 2 labels"),
+        ({"train": Split(torch.zeros(1, 3, 32, 32), torch.tensor([10]))}, "label 10 of 10 classes"),
+        ({"train": Split(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64))}, "0 images and 0 labels"),
+    ],
+    ids=["shape", "lengths", "label", "empty"],
+)
+def test_a_data_set_that_is_another_is_refused(
+    change: dict, says: str, tmp_path: Path, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASETS, "cifar10", lambda root: replace(digits, **change))
+    with pytest.raises(DataError, match=f"cifar10: {says}"):
+        load_data("cifar10", root=tmp_path)
+
+
+def test_what_cannot_be_downloaded_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="imagenet: cannot be downloaded; cifar10, mnist, imagenette can"):
+        download("imagenet", root=tmp_path)
+
+
+def test_a_download_that_fails_is_said_in_one_line(tmp_path: Path) -> None:
+    """The tests have no network, so every download fails here."""
+    with pytest.raises(DataError, match="mnist: the download failed") as error:
+        download("mnist", root=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# ---- torchvision's data sets: the real ones, where they lie under KDIGA_DATA ----
+
+
+def real(folder: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not (paths.data() / folder).is_dir(), reason=f"no {folder} under KDIGA_DATA")
+
+
+@real("cifar-10-batches-py")
+def test_cifar10_is_cifar10() -> None:
+    data = load_data("cifar10")
+    assert (len(data.train.labels), len(data.test.labels), data.image_shape) == (50_000, 10_000, (3, 32, 32))
+    assert data.test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
+    assert torch.bincount(data.train.labels).tolist() == [5000] * 10
+    # The channels' means that everyone normalises with.
+    torch.testing.assert_close(
+        data.train.images.mean((0, 2, 3)), torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=1e-4
+    )
+    assert data.test.images.is_contiguous() and data.test.images.min() == 0 and data.test.images.max() == 1
+
+
+@real("cifar-10-batches-py")
+def test_bytes_on_the_device_give_back_the_pixels() -> None:
+    data = load_data("cifar10")
+    feed = Feed(data, CPU, images=500)
+    assert feed.split.images.dtype == torch.uint8
+    (batch,) = feed.epoch(500, seeded(), False)
+    order = torch.randperm(500, generator=seeded())
+    assert torch.equal(batch.images, data.train.images[order])
+
+
+@real("cifar-10-batches-py")
+def test_a_damaged_batch_of_cifar10_is_named(tmp_path: Path) -> None:
+    for file in (paths.data() / "cifar-10-batches-py").iterdir():
+        (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
+        (tmp_path / "cifar-10-batches-py" / file.name).write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="cifar-10-batches-py is damaged or not whole"):
+        load_data("cifar10", root=tmp_path)
+
+
+@real("MNIST")
+def test_mnist_is_mnist() -> None:
+    data = load_data("mnist")
+    assert (len(data.train.labels), len(data.test.labels), data.image_shape) == (60_000, 10_000, (1, 28, 28))
+    assert data.train.images.mean().item() == pytest.approx(0.1307, abs=1e-4)
+
+
+@real("imagenette2-160")
+def test_imagenette_is_read_when_asked_for() -> None:
+    data = load_data("imagenette")
+    assert (data.image_shape, data.num_classes) == ((3, 128, 128), 10)
+    shown = data.test.images[:4].to("cpu")
+    assert shown.shape == (4, 3, 128, 128) and shown.min() >= 0 and shown.max() <= 1
+    # Sorted by class, the first ones would all be of one.
+    assert len(data.test.labels[:50].unique()) > 5 and len(data.validation.labels.unique()) > 5
+
+
+@real("imagenette2-160")
+def test_photographs_are_fed_by_worker_processes_whatever_their_number() -> None:
+    data = load_data("imagenette")
+    many, few = Feed(data, CPU, images=300), Feed(data, CPU, images=16)
+    x, _ = next(iter(many.epoch(8, seeded(), True)))
+    again, _ = next(iter(many.epoch(8, seeded(), True)))
+    assert x.shape == (8, 3, 128, 128) and torch.equal(x, again)
+    shards = [Feed(data, CPU, images=16, shard=Shard(rank, 2)) for rank in range(2)]
+    for whole, *parts in zip(*(feed.epoch(8, seeded(), True) for feed in [few, *shards]), strict=True):
+        for rank, part in enumerate(parts):
+            assert torch.equal(part.images, whole.images[rank::2]) and torch.equal(part.labels, whole.labels[rank::2])
+
+
+@real("imagenette2-160")
+def test_imagenette_at_the_size_of_cifar10() -> None:
+    data = load_data("imagenette_32")
+    assert data.image_shape == (3, 32, 32)
+    assert torch.equal(data.test.labels, load_data("imagenette").test.labels)

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy as mean_cross_entropy
 
 from kdiga_nb.attacks import FGSM, PGD, frozen
 from kdiga_nb.data import Split
-from kdiga_nb.losses import distillation_kl
+from kdiga_nb.losses import distillation_kl, gradient_distance, input_gradient, logit_gradients
 from kdiga_nb.methods import (
     ARD,
     AT,
@@ -27,11 +27,13 @@ from kdiga_nb.methods import (
     PRESETS,
     ST,
     TRADES,
+    KnownTeacher,
     Method,
     Terms,
     effective_lambda_iga,
     with_preset,
 )
+from kdiga_nb.models import build_model
 from kdiga_nb.training import train_step
 
 ATTACK = PGD(0.1, 0.04, 3)
@@ -576,3 +578,99 @@ def test_igams_players_pull_the_adversarial_term_apart(student: nn.Module, teach
         assert slope > 0
         sign = -1 if share is of_judge else 1
         assert change / 1e-6 == pytest.approx(sign * slope, rel=1e-3)
+
+
+def test_a_known_teacher_answers_as_the_net_does():
+    """From its table for the images it was given, in any order and batch; through the net for all others."""
+    torch.manual_seed(0)
+    net = build_model("digits_small", num_classes=10, image_shape=(1, 8, 8)).eval().requires_grad_(False)
+    images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
+    known = KnownTeacher(net, images, labels, batch_size=4)
+    order = torch.tensor([7, 2, 2, 9])
+    rows = known.rows(images[order])
+    assert rows is not None and rows.tolist() == order.tolist()
+    assert known.rows(images[order] + 1e-6) is None
+    gradient, logits = input_gradient(net, images, labels)
+    assert torch.allclose(known.logits, logits, atol=1e-6)
+    assert torch.allclose(known.gradients, gradient, atol=1e-6)
+
+
+@pytest.mark.parametrize("shown", [True, False], ids=["known images", "other images"])
+def test_a_known_teacher_changes_no_term(shown: bool):
+    torch.manual_seed(0)
+    student, net = (build_model("digits_small", num_classes=10, image_shape=(1, 8, 8)) for _ in range(2))
+    net.eval().requires_grad_(False)
+    images, labels = torch.rand(12, 1, 8, 8), torch.arange(12) % 10
+    known = KnownTeacher(net, images, labels, batch_size=12)
+    x = images if shown else (images + 0.01).clamp(max=1)
+    # Another label than the table's changes the gradient that is asked for.
+    for y in (labels, (labels + 1) % 10):
+        with_table, without = KDIGA()(student, known, x, y), KDIGA()(student, net, x, y)
+        for name, value in without.items():
+            assert torch.allclose(with_table[name], value, rtol=1e-5), name
+
+
+# ---- aligning all logits ----
+
+
+def test_the_gradients_of_all_logits_are_the_centred_jacobian(student: nn.Module, batch: Split) -> None:
+    found, logits = logit_gradients(student, batch.images)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda x: student(x[None])[0]))(batch.images)
+    torch.testing.assert_close(found, jacobian - jacobian.mean(1, keepdim=True))
+    torch.testing.assert_close(logits, student(batch.images).detach())
+    assert not found.requires_grad and found.shape == (6, 5, 1, 4, 4)
+
+
+def test_the_gradients_of_all_logits_determine_that_of_the_loss(student: nn.Module, batch: Split) -> None:
+    x, y = batch
+    every, logits = logit_gradients(student, x)
+    weights = softmax(logits, dim=1) - nn.functional.one_hot(y, 5)
+    torch.testing.assert_close((weights[:, :, None, None, None] * every).sum(1), input_gradient(student, x, y)[0])
+
+
+@pytest.mark.parametrize("norm", ["per_sample", "batch"])
+def test_aligning_all_logits_is_their_distance(norm: str, student: nn.Module, teacher: nn.Module, batch: Split) -> None:
+    method = KDIGA(lambda_iga=3.0, norm=norm, align="logits")
+    ours, theirs = (logit_gradients(net, batch.images)[0] for net in (student, teacher))
+    terms = terms_of(method, student, teacher, batch)
+    torch.testing.assert_close(terms["alignment"], 3 * gradient_distance(ours, theirs, norm))
+    only = replace(method, align="loss")
+    for name in ("cross_entropy", "distillation"):
+        torch.testing.assert_close(terms[name], terms_of(only, student, teacher, batch)[name])
+
+
+def test_aligned_logits_reach_every_weight_and_match_finite_differences(
+    student: nn.Module, teacher: nn.Module, batch: Split
+) -> None:
+    method = KDIGA(lambda_ce=0, lambda_kl=0, lambda_iga=1, align="logits")
+    total, gradients = total_and_gradients(method, student, teacher, batch)
+    weight = student.get_parameter("conv.weight")
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 1e-6
+        above = torch.stack(list(terms_of(method, student, teacher, batch).values())).sum()
+    names = [name for name, _ in student.named_parameters()]
+    slope = gradients[names.index("conv.weight")][0, 0, 0, 0]
+    assert (above - total).item() / 1e-6 == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
+
+
+def test_a_student_that_is_its_teacher_has_no_logits_to_align(teacher: nn.Module, batch: Split) -> None:
+    method = KDIGA(lambda_ce=0, lambda_iga=1, align="logits")
+    total, gradients = total_and_gradients(method, deepcopy(teacher), teacher, batch)
+    assert total == 0 and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_two_classes_need_no_more_than_the_loss(tiny_net: Callable[..., nn.Module], batch: Split) -> None:
+    """N = 2: the centred gradients are ±half of one difference, a multiple of the loss's gradient."""
+    net, x = tiny_net(0, classes=2, dtype=torch.float64), batch.images
+    y = batch.labels % 2
+    every, logits = logit_gradients(net, x)
+    share = softmax(logits, dim=1).gather(1, 1 - y[:, None])[:, :, None, None]
+    own = every.gather(1, y[:, None, None, None, None].expand_as(every[:, :1])).squeeze(1)
+    torch.testing.assert_close(-2 * share * own, input_gradient(net, x, y)[0])
+
+
+def test_a_step_along_the_losss_gradient_cannot_align_logits() -> None:
+    with pytest.raises(ValueError, match="align must be loss with an attack"):
+        KDIGA(attack=FGSM(0.1), align="logits")
+    with pytest.raises(ValueError, match="align must be one of loss, logits, got 'jacobian'"):
+        KDIGA(align="jacobian")

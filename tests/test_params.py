@@ -9,7 +9,6 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from kdiga_nb.artifacts import ARTIFACTS
 from kdiga_nb.params import (
     ParameterError,
     Params,
@@ -23,10 +22,11 @@ from kdiga_nb.params import (
     read,
 )
 from kdiga_nb.paths import NOTEBOOKS, PARAMS
+from kdiga_nb.studies import EVERY
 
 FILES = sorted(PARAMS.glob("*/*.yaml"))
 SCALES = sorted(path.name for path in PARAMS.iterdir())
-MODELS: dict[str, type[BaseModel]] = {name: artifact.params for name, artifact in ARTIFACTS.items()}
+MODELS: dict[str, type[BaseModel]] = {name: artifact.params for name, artifact in EVERY.items()}
 MODELS |= {"walkthrough": WalkthroughParams}
 
 
@@ -76,8 +76,11 @@ def test_digits_is_the_default_everywhere(name: str):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(
     ("names", "own"),
-    [(("table1", "table3", "figure1"), set()), (("table2", "table6"), {"radii"})],
-    ids=["Table 1, Table 3, Figure 1", "Tables 2 and 6"],
+    [
+        (("table1", "table3", "figure1", "robustness_audit", "isd_autoattack", "prop2_bound"), set()),
+        (("table2", "table6"), {"radii"}),
+    ],
+    ids=["Table 1 and what stands on its runs", "Tables 2 and 6"],
 )
 def test_artefacts_that_share_runs_share_their_parameters(scale: str, names: tuple[str, ...], own: set[str]):
     first, *others = (keys(PARAMS / scale / f"{name}.yaml") for name in names)
@@ -87,7 +90,7 @@ def test_artefacts_that_share_runs_share_their_parameters(scale: str, names: tup
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", ARTIFACTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_every_artefact_has_is_the_same_in_all_of_a_scale(scale: str, name: str):
     shared = {"scale", "dataset", "student", "teacher", "preset", "seeds", "epsilon", "lambda_iga", "train_epsilon"}
     first, here = (keys(PARAMS / scale / f"{stem}.yaml") for stem in ("table1", name))

@@ -49,6 +49,7 @@ from kdiga_nb.runs import (
     measured,
     run_all,
     run_key,
+    stored,
     training_seconds,
 )
 from kdiga_nb.training import Schedule, TrainingError, TrainingState
@@ -89,6 +90,7 @@ def only_line(error: pytest.ExceptionInfo[BaseException]) -> str:
 # ---- keys ----
 
 OTHERS: dict[str, Any] = {
+    "precision": "bfloat16",
     "dataset": "digits_rotated",
     "model": "digits_medium",
     "method": KD(),
@@ -103,6 +105,7 @@ OTHERS: dict[str, Any] = {
     "norm": "batch",
     "kl_reduction": "mean",
     "target": "adversarial",
+    "align": "logits",
     "attack": FGSM(0.05),
 }
 
@@ -652,7 +655,7 @@ def test_a_checkpoint_of_an_unknown_net_or_data_set(model: str, tmp_path: Path):
 
 
 def test_an_unknown_format_is_refused_at_once():
-    with pytest.raises(ValueError, match="format must be one of state_dict, safetensors, got 'pickle'"):
+    with pytest.raises(ValueError, match=r"format must be one of state_dict, safetensors, .*, got 'pickle'"):
         Checkpoint("x.pt", format="pickle")
 
 
@@ -747,3 +750,33 @@ def test_a_worker_that_dies_is_a_failed_job():
     outcome = run_all([Job(TOP, Deadly()), *(Job(replace(TOP, seed=seed)) for seed in range(1, 5))], workers=2)
     assert Job(TOP, Deadly()) in outcome.failed
     assert outcome.made + len(outcome.failed) == 5
+
+
+# ---- a switch that came later, and nets that are only measured ----
+
+
+def test_a_later_switch_is_named_only_off_its_default():
+    assert "align" not in describe(KDIGA())
+    assert describe(KDIGA(align="logits"))["align"] == "logits"
+
+
+def test_a_finished_run_is_found_by_its_key_as_a_checkpoint():
+    run = Run("digits", "digits_small", ST(), Schedule(1, batch_size=256, augment=False))
+    net = load_or_train(run, device="cpu")
+    checkpoint = stored(run_key(run)[:8])
+    assert checkpoint.model == "digits_small:digits" and checkpoint.sha256
+    again = load_or_train(checkpoint, device="cpu")
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in again.state_dict().items())
+    assert measure(checkpoint, TestAccuracy(None, 20)) | {"seconds": 0} == measure(run, TestAccuracy(None, 20)) | {
+        "seconds": 0
+    }
+    # What is measured on a checkpoint has a place of its own, which is no run.
+    assert [entry["key"] for entry in list_store()] == [run_key(run)]
+
+
+@pytest.mark.parametrize(("key", "says"), [("ffff", "no finished run"), ("", "2 runs")])
+def test_a_key_must_mean_one_run(key: str, says: str):
+    for seed in (0, 1):
+        load_or_train(Run("digits", "digits_small", ST(), Schedule(1, batch_size=512, augment=False), seed))
+    with pytest.raises(StoreError, match=says):
+        stored(key)
