@@ -1,0 +1,438 @@
+"""``draw(data) -> Figure``: one figure a view, all of one size, so that nothing jumps when the controls move.
+
+Figures are made without pyplot: nothing stays open, and a draw touches no global state. Layout is by hand, and titles
+have a fixed height: a constrained layout takes several times longer, and a slider is moved many times."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpecFromSubplotSpec
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
+
+from kdiga_nb.metrics import Accuracy
+from kdiga_nb.report import PALETTE
+from kdiga_nb.widgets.views import (
+    Array,
+    Data,
+    GradientMaps,
+    Loops,
+    Net,
+    OneImage,
+    Surface,
+    TradeOff,
+    UnderAttack,
+    pretty,
+)
+
+SIZE = (11.0, 4.7)  # inches, of every view
+DPI = 100
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+}
+STYLE |= {"axes.spines.right": False, "axes.titley": 1.02, "legend.frameon": False, "svg.hashsalt": "kdiga"}
+METRICS = {"clean": (PALETTE[0], "o"), "pgd": (PALETTE[1], "s"), "autoattack": (PALETTE[2], "^")}
+GREY = "0.45"
+
+
+def draw(data: Data) -> Figure:
+    """The figure of a view's data."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(SIZE, dpi=DPI)
+        FigureCanvasAgg(figure)
+        match data:
+            case TradeOff():
+                _draw_trade_off(figure, data)
+            case UnderAttack():
+                _draw_under_attack(figure, data)
+            case Loops():
+                _draw_loops(figure, data)
+            case OneImage():
+                _draw_one_image(figure, data)
+        return figure
+
+
+def image_bytes(figure: Figure, kind: str = "png") -> bytes:
+    """The figure as a PNG or SVG file's content; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        if kind == "svg":
+            figure.savefig(buffer, format="svg", metadata={"Date": None})
+        else:
+            # Little compression: a third of the time for a half more bytes.
+            figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+    return buffer.getvalue()
+
+
+# ---- parts ----
+
+
+def _series(axes: Axes, nets: Sequence[tuple[float, Net]], metric: str, **style: Any) -> None:
+    """One metric of several nets with 95 % intervals; nothing where nothing was measured."""
+    points = [(x, found.accuracies[metric]) for x, found in nets if metric in found.accuracies]
+    if not points:
+        return
+    color, marker = METRICS["pgd" if metric.startswith("pgd") else metric]
+    style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.3, "capsize": 2} | style
+    _errorbar(axes, [x for x, _ in points], [accuracy for _, accuracy in points], **style)
+
+
+def _errorbar(axes: Axes, x: Sequence[float], values: Sequence[Accuracy], **style: Any) -> None:
+    percents = [value.percent for value in values]
+    errors = [[value.percent - value.low for value in values], [value.high - value.percent for value in values]]
+    axes.errorbar(x, percents, yerr=np.maximum(errors, 0), elinewidth=0.8, **style)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+    _fix_labels(axes)
+
+
+def _fix_labels(axes: Axes, left: float = 0.38, below: float = 0.3) -> None:
+    """Axis labels at fixed distances, in inches: else matplotlib measures every tick label once more to place them."""
+    scale = axes.figure.dpi_scale_trans
+    axes.xaxis.set_label_coords(0.5, 0, axes.transAxes + ScaledTranslation(0, -below, scale))
+    axes.yaxis.set_label_coords(0, 0.5, axes.transAxes + ScaledTranslation(-left, 0, scale))
+
+
+def _note(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GREY, wrap=True)
+
+
+def _bare(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _pgd(data: Data) -> str:
+    return f"pgd{data.state.params.pgd_steps}"
+
+
+# ---- λ ----
+
+
+def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
+    left, middle, right = figure.subplots(1, 3)
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.115, top=0.87, wspace=0.26)
+    pgd, epsilon = _pgd(data), data.state.params.epsilon
+    # λ = 0 has no place on a log axis: it stands one stop to the left of the smallest weight.
+    weights = [found.point.lambda_iga for found in data.nets]
+    smallest = min(weight for weight in weights if weight > 0)
+    places = [(weight or smallest / 4, found) for weight, found in zip(weights, data.nets, strict=True)]
+    untrained = [place for place, found in places if not found.trained]
+    here = data.state.lambda_iga or smallest / 4
+    left.axvspan(here / 1.12, here * 1.12, color=PALETTE[4], alpha=0.25, linewidth=0)
+    for metric in ("clean", pgd, "autoattack"):
+        _series(left, places, metric, label=pretty(metric), linestyle="none" if metric == "autoattack" else "-")
+    left.plot(untrained, np.zeros(len(untrained)), "|", color=GREY)
+    left.set_xscale("log")
+    ticks = {smallest / 4: "0"} | {x: f"{x:g}" for x in (0.125, 1.0, 8.0, 64.0)}
+    left.set_xticks(list(ticks), list(ticks.values()))
+    left.set_xticks([], minor=True)
+    left.set(ylim=(0, 103), xlim=(smallest / 6, max(weights) * 1.5))
+    left.set(xlabel="λ_IGA (0: KD; short grey lines: not trained)", ylabel="accuracy (%)")
+    left.set_title(f"Accuracy over λ_IGA, ε = {epsilon:g}")
+    if any(found.accuracies for found in data.nets):
+        left.legend(loc="lower right")
+    _plain(left)
+    _draw_plane(middle, data, pgd)
+    _draw_curves(right, data)
+
+
+def _draw_plane(axes: Axes, data: TradeOff, pgd: str) -> None:
+    known = [found for found in data.nets if {"clean", pgd} <= found.accuracies.keys()]
+    both = [(found.accuracies["clean"].percent, found.accuracies[pgd].percent) for found in known]
+    if both:
+        axes.plot(*zip(*both, strict=True), "-o", color=PALETTE[1], markersize=4.5, linewidth=1)
+        for (x, y), found in zip(both, known, strict=True):
+            label = f"{found.point.lambda_iga:g}"
+            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", color=GREY, fontsize=8)
+    if data.chosen in known:
+        x, y = both[known.index(data.chosen)]
+        axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=PALETTE[4], markeredgewidth=2.2)
+    else:
+        _note(axes, f"λ_IGA = {data.state.lambda_iga:g}\nis not in the store")
+        if not known:
+            axes.set(xlim=(0, 100), ylim=(0, 100))
+    axes.margins(0.12)
+    axes.set(xlabel="clean accuracy (%)", ylabel=f"accuracy under {pretty(pgd)} (%)")
+    axes.set_title("The trade-off; labels are λ_IGA")
+    _plain(axes)
+
+
+TERMS = {
+    "cross_entropy": "λ_CE · cross-entropy",
+    "distillation": "λ_KL · distillation",
+    "alignment": "λ_IGA · alignment",
+}
+
+
+def _draw_curves(axes: Axes, data: TradeOff) -> None:
+    axes.set_title(f"Training curves of λ_IGA = {data.state.lambda_iga:g}, by term")
+    if not data.curves:
+        _note(axes, "not trained yet")
+        _bare(axes)
+        return
+    for index, (name, label) in enumerate(TERMS.items()):
+        if name in data.curves:
+            axes.plot(data.curves["epoch"], data.curves[name], ".-", color=PALETTE[index], label=label, linewidth=1.3)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")  # plain numbers: the default sets powers of ten as formulas, slowly
+    axes.set_yticks([], minor=True)
+    axes.set(xlabel="epoch", ylabel="weighted term, mean over the epoch (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    _plain(axes)
+
+
+# ---- ε ----
+
+
+def _draw_under_attack(figure: Figure, data: UnderAttack) -> None:
+    grid = figure.add_gridspec(2, 3, width_ratios=(1.1, 1.45, 0.8), hspace=0.42, wspace=0.27)
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.115, top=0.9)
+    _draw_epsilon(figure.add_subplot(grid[:, 0]), data)
+    gallery = figure.add_subplot(grid[:, 1])
+    if data.gallery is None:
+        _note(gallery, "The chosen net or its teacher is not in the store,\nso there is nothing to attack.")
+        _bare(gallery)
+        return
+    _draw_gallery(gallery, data)
+    panels = {"student": data.gallery.student, data.gallery.teacher_name: data.gallery.teacher}
+    for row, (title, probabilities) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[row, 2])
+        _draw_probabilities(axes, probabilities, data.gallery.labels[0])
+        axes.set_title(f"{title.removeprefix('the ')}, image {data.state.image}")
+        if row == 0:
+            axes.set_xlabel("")
+            axes.legend(loc="upper right", handlelength=1)
+
+
+def _draw_epsilon(axes: Axes, data: UnderAttack) -> None:
+    pgd, epsilon = _pgd(data), data.state.params.epsilon
+    axes.axvline(data.state.epsilon, color=PALETTE[4], linewidth=5, alpha=0.35)
+    for index, found in enumerate(data.nets):
+        color = "black" if found is data.chosen else PALETTE[index % len(PALETTE)]
+        width = 2.0 if found is data.chosen else 1.0
+        points = {0.0: found.accuracies.get("clean"), epsilon: found.accuracies.get(pgd)}
+        for metric, accuracy in found.accuracies.items():
+            if metric.startswith(f"{pgd}@"):
+                points[float(metric.partition("@")[2])] = accuracy
+        known = sorted((radius, accuracy) for radius, accuracy in points.items() if accuracy is not None)
+        if known:
+            radii, accuracies = zip(*known, strict=True)
+            label = f"{found.label} (chosen)" if found is data.chosen else found.label
+            _errorbar(axes, radii, accuracies, color=color, marker=".", linewidth=width, capsize=2, label=label)
+        if "autoattack" in found.accuracies:
+            _errorbar(axes, [epsilon], [found.accuracies["autoattack"]], color=color, marker="^", capsize=2)
+    axes.set(xlabel="ε (pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 103))
+    axes.set_title(f"{pretty(pgd)} against ε (triangles: AutoAttack)")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower left", fontsize=7.5)
+    _plain(axes)
+
+
+def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
+    """Three rows of images in one picture: clean, perturbation magnified, attacked."""
+    gallery = data.gallery
+    assert gallery is not None
+    count, height, width = gallery.clean.shape[:3]
+    difference = gallery.attacked - gallery.clean
+    scale = 0.5 / data.state.epsilon if data.state.epsilon else 1.0
+    rows = [gallery.clean, (0.5 + scale * difference).clip(0, 1), gallery.attacked]
+    gap = max(1, height // 8)
+    canvas = np.ones((3 * height + 2 * gap, count * width + (count - 1) * gap, *gallery.clean.shape[3:]))
+    for line, images in enumerate(rows):
+        for column, image in enumerate(images):
+            top, left = line * (height + gap), column * (width + gap)
+            canvas[top : top + height, left : left + width] = image
+    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    names = ["clean", f"change\n× {scale:.3g}", "attacked"]
+    axes.set_yticks([(line + 0.5) * height + line * gap - 0.5 for line in range(3)], names)
+    centres = [(column + 0.5) * width + column * gap - 0.5 for column in range(count)]
+    after = zip(gallery.guesses, gallery.guesses_attacked, gallery.labels, strict=True)
+    axes.set_xticks(centres, [f"{a} → {b}" for a, b, _ in after])
+    for tick, guess, label in zip(axes.get_xticklabels(), gallery.guesses_attacked, gallery.labels, strict=True):
+        tick.set_color("black" if guess == label else PALETTE[3])
+        tick.set_fontweight("normal" if guess == label else "bold")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(f"{pretty(_pgd(data))} on the student, now, at ε = {data.state.epsilon:g}")
+    axes.set_xlabel("prediction, clean → attacked (bold: wrong)")
+
+
+def _draw_probabilities(axes: Axes, probabilities: Array, label: int) -> None:
+    classes = np.arange(probabilities.shape[1])
+    for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
+        axes.bar(classes + 0.4 * offset - 0.2, values, 0.4, color=PALETTE[offset], label=name)
+    axes.set(ylim=(0, 1.05), xlabel=f"class (label: {label})", ylabel="probability", yticks=(0, 0.5, 1))
+    if len(classes) <= 20:
+        axes.set_xticks(classes)
+
+
+# ---- loops ----
+
+
+def _draw_loops(figure: Figure, data: Loops) -> None:
+    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.115, top=0.87)
+    grid = figure.add_gridspec(1, 3, width_ratios=(1.15, 0.9, 1.35), wspace=0.24)
+    accuracy, llm = figure.add_subplot(grid[0]), figure.add_subplot(grid[1])
+    pgd = _pgd(data)
+    for axes in (accuracy, llm):
+        axes.axvline(data.state.loop, color=PALETTE[4], linewidth=5, alpha=0.35)
+        axes.set_xlabel("loop (0: standard training)" if data.state.chain == "isd_wot" else "loop")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(-0.3, max(found.point.loop for found in data.chains[True]) + 0.3)
+        _plain(axes)
+    for dropout, nets in data.chains.items():
+        places = [(float(found.point.loop), found) for found in nets]
+        style: dict[str, Any] = {"linestyle": "-"} if dropout else {"linestyle": ":", "markerfacecolor": "white"}
+        for metric in ("clean", pgd, "autoattack"):
+            _series(accuracy, places, metric, label=pretty(metric) if dropout else None, **style)
+        measured = [(place, *found.llm) for place, found in places if found.llm is not None]
+        if measured:
+            place, mean, error = (np.array(column) for column in zip(*measured, strict=True))
+            style |= {"color": PALETTE[7], "marker": "o", "markersize": 4.5, "capsize": 2}
+            llm.errorbar(place, mean, yerr=1.96 * error, label="with head dropout" if dropout else "without", **style)
+    accuracy.set(ylim=(0, 103), ylabel="accuracy (%)")
+    accuracy.set_title(f"{_chain_name(data)}, ε = {data.state.params.epsilon:g} (dotted: no dropout)")
+    if accuracy.get_legend_handles_labels()[0]:
+        accuracy.legend(loc="lower right")
+    llm.set_ylim(bottom=0)
+    llm.set_ylabel(f"LLM (nats, mean of {data.state.params.llm_images} images)")
+    llm.set_title("Local linearity (0: linear in the ball)")
+    if llm.get_legend_handles_labels()[0]:
+        llm.legend()
+    _draw_maps(figure, grid[2], data)
+
+
+def _chain_name(data: Loops) -> str:
+    return {"isd_wot": "ISD without teacher", "isd_wit": "ISD with teacher"}[data.state.chain]
+
+
+def _draw_maps(figure: Figure, place: Any, data: Loops) -> None:
+    if data.maps is None:
+        axes = figure.add_subplot(place)
+        _note(axes, f"loop {data.state.loop} or its teacher\nis not in the store")
+        _bare(axes)
+        return
+    maps: GradientMaps = data.maps
+    panels = GridSpecFromSubplotSpec(2, 2, place, hspace=0.42, wspace=0.1)
+    titles = {
+        f"image {data.state.image}, label {maps.label}": (maps.image, None),
+        f"student, ‖g‖₂ = {maps.norms[0]:.3g}": (maps.student, maps.norms[0]),
+        f"{maps.teacher_name}, ‖g‖₂ = {maps.norms[1]:.3g}": (maps.teacher, maps.norms[1]),
+    }
+    for index, (title, (picture, norm)) in enumerate(titles.items()):
+        axes = figure.add_subplot(panels[(0, 2, 3)[index] // 2, (0, 2, 3)[index] % 2])
+        if norm is None:
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        else:
+            largest = max(float(np.abs(picture).max()), 1e-12)
+            axes.imshow(picture, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set_title(title, fontsize=8.5)
+        _bare(axes)
+    axes = figure.add_subplot(panels[0, 1])
+    _bare(axes)
+    text = f"cosine of the two\ninput gradients:\n{maps.cosine:.3f} here,\n{maps.mean_cosine:.3f} in the mean\n"
+    text += f"of {maps.images} images\n\nred: a brighter pixel\nraises the loss"
+    axes.text(0.02, 0.98, text, va="top", transform=axes.transAxes, fontsize=8.5)
+
+
+# ---- one image ----
+
+
+def _draw_one_image(figure: Figure, data: OneImage) -> None:
+    if data.image is None or data.surfaces is None:
+        axes = figure.add_subplot()
+        _note(axes, "The chosen net or its teacher is not in the store.")
+        _bare(axes)
+        return
+    figure.subplots_adjust(left=0.012, right=0.915, bottom=0.115, top=0.87)
+    grid = figure.add_gridspec(1, 5, width_ratios=(0.55, 0.8, 0.12, 1.2, 1.2), wspace=0.24)
+    picture = figure.add_subplot(grid[0])
+    picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
+    picture.set_title(f"image {data.state.image}, label {data.label}")
+    _bare(picture)
+    _draw_bound(figure.add_subplot(grid[1]), data)
+    highest = max(float(surface.loss.max()) for surface in data.surfaces)
+    student, teacher = data.surfaces
+    left, right = figure.add_subplot(grid[3]), figure.add_subplot(grid[4])
+    mesh = _draw_surface(left, student, data.state.epsilon, highest)
+    _draw_surface(right, teacher, data.state.epsilon, highest)
+    left.set_title(data.chosen.label)
+    left.set_ylabel("along a random sign pattern (pixels)")
+    right.set_title(data.teacher_name.removeprefix("the "))
+    right.set_yticklabels([])
+    colorbar = figure.colorbar(mesh, cax=figure.add_axes((0.932, 0.185, 0.012, 0.615)))
+    colorbar.set_label("cross-entropy (nats)")
+
+
+def _draw_bound(axes: Axes, data: OneImage) -> None:
+    base = 0.0
+    for index, (name, value) in enumerate(data.terms.items()):
+        axes.bar(0, value, 0.6, bottom=base, color=PALETTE[index], label=name)
+        base += value
+    axes.bar(1, data.gap, 0.6, color=GREY)
+    axes.set_xticks([0, 1], [f"bound\n{base:.3g}", f"measured gap\n{data.gap:.3g}"])
+    axes.set_ylabel("nats")
+    axes.set_ylim(0, max(base, data.gap) * 1.42 or 1)
+    axes.legend(loc="upper left", ncols=1, fontsize=7.5, handlelength=1.2, labelspacing=0.3, reverse=True)
+    axes.set_title(f"Proposition 2, ε = {data.state.epsilon:g}")
+
+
+def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) -> Any:
+    reach = float(surface.axis[-1])
+    place: dict[str, Any] = {"origin": "lower", "extent": (-reach, reach, -reach, reach)}
+    mesh = axes.imshow(surface.loss, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="bilinear", **place)
+    wrong = np.where(surface.correct, np.nan, 1.0)
+    axes.imshow(wrong, cmap=ListedColormap([PALETTE[3]]), alpha=0.35, interpolation="nearest", **place)
+    axes.add_patch(Rectangle((-epsilon, -epsilon), 2 * epsilon, 2 * epsilon, fill=False, linestyle="--", edgecolor="w"))
+    axes.plot(0, 0, "+", color="white", markersize=8)
+    axes.set_xlabel("along the student's gradient sign")
+    return mesh
+
+
+# ---- as a table ----
+
+
+def table(data: Data) -> pd.DataFrame:
+    """The numbers behind a view, for readers without a kernel and for screen readers."""
+    match data:
+        case TradeOff() | UnderAttack():
+            return _accuracy_table(data.nets)
+        case Loops():
+            return _accuracy_table([found for nets in data.chains.values() for found in nets])
+        case OneImage():
+            terms = data.terms | ({"bound": sum(data.terms.values()), "measured gap": data.gap} if data.terms else {})
+            return pd.DataFrame({"nats": {name: f"{value:.3f}" for name, value in terms.items()}})
+
+
+def _accuracy_table(nets: Sequence[Net]) -> pd.DataFrame:
+    lines: dict[str, dict[str, str]] = {}
+    for found in nets:
+        if found.trained:
+            lines[found.label] = {
+                pretty(metric): f"{value.percent:.1f} [{value.low:.1f}, {value.high:.1f}]"
+                for metric, value in found.accuracies.items()
+            }
+            if found.llm is not None:
+                lines[found.label]["LLM (nats)"] = f"{found.llm[0]:.3f}"
+    return pd.DataFrame.from_dict(lines, orient="index").fillna("–")
