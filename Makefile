@@ -6,18 +6,24 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
-LINTED := kdiga_nb tests notebooks
+LINTED := kdiga_nb tests notebooks benchmarks
 # What a test run draws stays out of the committed figures.
 ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab clean
+.PHONY: help reproduce explore page test bench lab clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
 	$(BIN)/kdiga reproduce --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
+
+explore: $(VENV)/.installed ## Open the explorer in JupyterLab: λ_IGA, ε and loop count by hand
+	$(BIN)/jupyter-lab notebooks/explore.ipynb
+
+page: $(VENV)/.installed-page ## Serve the explorer as a page, without code (installs Voilà)
+	$(BIN)/voila --Voila.ip=127.0.0.1 notebooks/explore.ipynb
 
 # The notebooks are checked last: their runs are trained first, in parallel, so that each cell finds them in the store.
 # pytest's filters turn warnings into errors, which suits the unit tests but not other people's notebook machinery.
@@ -29,6 +35,9 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 	$(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs $(or $(JOBS),2)
 	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 
+bench: $(VENV)/.installed-bench ## Measure steps, memory, attacks beside their peers, the explorer, a reproduction: benchmarks/results/
+	$(BIN)/python benchmarks
+
 lab: $(VENV)/.installed ## Open JupyterLab here
 	$(BIN)/jupyter-lab
 
@@ -38,6 +47,14 @@ clean: ## Remove .venv, build/ and caches; runs/, data/ and figures stay
 
 $(VENV)/.installed: pyproject.toml
 	$(call install,.)
+
+$(VENV)/.installed-bench: pyproject.toml
+	$(call install,.[bench])
+	@touch $(VENV)/.installed
+
+$(VENV)/.installed-page: pyproject.toml
+	$(call install,.[page])
+	@touch $(VENV)/.installed
 
 $(VENV)/.installed-test: pyproject.toml
 	$(call install,.[test])

@@ -1,6 +1,7 @@
 """What every test stands on: one thread, a run store of its own, no network, and a few small nets and data sets."""
 
 import ipaddress
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,9 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdiga_nb import paths
+from kdiga_nb.artifacts import explore
 from kdiga_nb.data import Augmentation, Data, Split, load_data
 from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
+from kdiga_nb.params import ExploreParams, read
+from kdiga_nb.runs import run_all
 from kdiga_nb.training import Schedule, train
 
 
@@ -102,6 +107,32 @@ def _trained_on_digits(data: Data, epochs: int) -> nn.Module:
 def trained(digits: Data) -> nn.Module:
     """A digits net after eight epochs of standard training; tests that train on copy it first."""
     return _trained_on_digits(digits, 8)
+
+
+@pytest.fixture(scope="session")
+def small() -> ExploreParams:
+    """The explorer at settings that train in seconds."""
+    changes = {"autoattack_images": 0, "epochs": 3, "batch_size": 64, "epsilon": 0.1, "show_epsilon": 0.1}
+    return read(ExploreParams, paths.params("smoke", "explore"), changes)
+
+
+@pytest.fixture(scope="session")
+def explored_store(small: ExploreParams, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with everything that the explorer shows at the small settings; tests work on a copy, ``store``."""
+    home = tmp_path_factory.mktemp("explored") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDIGA_RUNS", str(home))
+        assert not run_all(explore(small).jobs(), workers=1, device="cpu").failed
+    return home
+
+
+@pytest.fixture
+def store(explored_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the explorer's store, for this test alone."""
+    home = tmp_path / "store"
+    shutil.copytree(explored_store, home)
+    monkeypatch.setenv("KDIGA_RUNS", str(home))
+    return home
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kdiga_nb.artifacts import ARTIFACTS
 from kdiga_nb.paths import NOTEBOOKS, PARAMS
+from kdiga_nb.studies import EVERY
 
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
@@ -35,7 +35,7 @@ def tagged(path: Path, tag: str) -> list[nbformat.NotebookNode]:
 
 
 def test_one_notebook_an_artefact_and_the_walkthrough():
-    assert {path.stem for path in FILES} == {*ARTIFACTS, "walkthrough"}
+    assert {path.stem for path in FILES} == {*EVERY, "walkthrough"}
 
 
 @pytest.mark.parametrize("scale", sorted(path.name for path in PARAMS.iterdir()))
