@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from kdiga_nb.losses import cross_entropy
 
+log = logging.getLogger("kdiga")
 Objective = Callable[[Tensor], Tensor]
 
 
@@ -50,6 +51,52 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice, on a GPU or on a CPU."""
+    # On a CPU it is the allocator that says so, or oneDNN, in its own words.
+    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+Results = tuple[Tensor, ...]
+
+
+def in_batches(
+    work: Callable[..., Results],
+    tensors: tuple[Tensor, ...],
+    batch_size: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> Results:
+    """``work`` on tensors (B, …) batch by batch, its results (B, …) joined.
+
+    A batch that does not fit into memory is halved, and so are those after it, down to a single image; ``generator``
+    is then set back to where the batch began.
+    """
+    parts: list[Results] = []
+    done, total = 0, len(tensors[0])
+    while not parts or done < total:
+        before = None if generator is None else generator.get_state()
+        failed = False
+        try:
+            parts.append(work(*(tensor[done : done + batch_size] for tensor in tensors)))
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+            failed = True
+        if not failed:
+            done += batch_size
+            continue
+        # Outside the handler, so that what the failed batch held is free.
+        batch_size = (min(batch_size, total - done) + 1) // 2
+        log.warning("out of memory: going on with batches of %d images", batch_size)
+        if tensors[0].device.type == "cuda":
+            torch.cuda.empty_cache()
+        if generator is not None and before is not None:
+            generator.set_state(before)
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -259,9 +306,7 @@ class AutoAttack:
         report = _restore(state, identity, x.device)
         with frozen(model):
             if not report.survivors:
-                with torch.no_grad():
-                    correct = [model(part).argmax(1) for part in x.split(self.batch_size)]
-                report.survivors["clean"] = torch.cat(correct) == y
+                report.survivors["clean"] = self._right(model, x, y)
             for member in MEMBERS[self.version]:
                 if member in report.survivors:
                     continue
@@ -269,9 +314,7 @@ class AutoAttack:
                 index = survivors.nonzero().squeeze(1)
                 if len(index):
                     adversarial, flags = self._run(member, model, x[index], y[index])
-                    with torch.no_grad():
-                        guesses = [model(part).argmax(1) for part in adversarial.split(self.batch_size)]
-                    fooled = torch.cat(guesses) != y[index]
+                    fooled = ~self._right(model, adversarial, y[index])
                     survivors[index[fooled]] = False
                     if found is not None:
                         found[index[fooled]] = adversarial[fooled]
@@ -281,7 +324,23 @@ class AutoAttack:
         _flag_square(report)
         return report
 
+    def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """(B,) mask of the images that are classified correctly."""
+        with torch.no_grad():
+            return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size)[0]
+
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
+        """``_attack`` by the largest batches that fit: halved from ``batch_size`` until they do."""
+        flags: list[str] = []
+
+        def work(x: Tensor, y: Tensor) -> tuple[Tensor]:
+            adversarial, found = self._attack(member, model, x, y)
+            flags.extend(found)
+            return (adversarial,)
+
+        return in_batches(work, (x, y), self.batch_size)[0], flags
+
+    def _attack(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
         """One member through the library, its side effects contained: tracer, generators and logger as before."""
         import pyautoattack
         from pyautoattack import checks
@@ -308,7 +367,7 @@ class AutoAttack:
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"
-                adversarial, _ = library.run_standard_evaluation(x, y, batch_size=self.batch_size)
+                adversarial, _ = library.run_standard_evaluation(x, y, batch_size=len(x))
         finally:
             sys.settrace(tracer)
             logger.removeHandler(flags)

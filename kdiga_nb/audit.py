@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import PGD, AutoAttack, ball, check_inputs, frozen
+from kdiga_nb.attacks import PGD, AutoAttack, Results, ball, check_inputs, frozen, in_batches
 from kdiga_nb.data import Data
 from kdiga_nb.losses import cross_entropy, input_gradient
-from kdiga_nb.metrics import EVALUATION_SEED, Measure, first_images, proportion
+from kdiga_nb.metrics import BATCH_SIZE, EVALUATION_SEED, Measure, first_images, proportion
 from kdiga_nb.operators import still
 
 LOSSES = ("cross_entropy", "margin", "dlr", "targeted")
@@ -193,6 +193,15 @@ def _generator(x: Tensor) -> torch.Generator:
     return torch.Generator(x.device).manual_seed(EVALUATION_SEED)
 
 
+def _attacked(attack: Attacking, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    generator = _generator(x)
+
+    def work(x: Tensor, y: Tensor) -> Results:
+        return (attack(model, x, y, generator=generator),)
+
+    return in_batches(work, (x, y), BATCH_SIZE, generator=generator)[0]
+
+
 def _survivors(model: nn.Module, x_adv: Tensor, y: Tensor) -> dict[str, Any]:
     with frozen(model), torch.no_grad():
         right = model(x_adv).argmax(1) == y
@@ -217,7 +226,8 @@ class Survivors(Measure):
         check_inputs(model, x, y)
         if self.attack is not None:
             model = still(model, data.image_shape)
-        return _survivors(model, x if self.attack is None else self.attack(model, x, y, generator=_generator(x)), y)
+            x = _attacked(self.attack, model, x, y)
+        return _survivors(model, x, y)
 
 
 @dataclass(frozen=True)
@@ -234,7 +244,7 @@ class Transfer(Measure):
             raise ValueError("a transfer attack needs a reference, the net that its images are made on")
         x, y = first_images(data, model, self.images)
         model, reference = (still(net, data.image_shape) for net in (model, reference))
-        return _survivors(model, self.attack(reference, x, y, generator=_generator(x)), y)
+        return _survivors(model, _attacked(self.attack, reference, x, y), y)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ called ``head``, a normaliser inside the file taken over. What then does not fit
 
 import hashlib
 import http.client
+import json
 import re
 import urllib.error
 import urllib.request
@@ -107,6 +108,22 @@ def parse(text: str, model: str) -> Checkpoint:
         formats = ", ".join(FORMATS)
         raise ValueError(f"must be FORMAT:PATH_OR_URL[#sha256=64 hexadecimal digits], FORMAT one of {formats}")
     return Checkpoint(path, digest or None, kind, model)
+
+
+def described(path: Path) -> Checkpoint:
+    """The checkpoint of a file that ``kdiga export`` wrote: net, data set and sha256 stand in the record beside it.
+
+    Raises:
+        StoreError: there is no record, or it cannot be used.
+    """
+    beside = path.with_suffix(".json")
+    try:
+        record = json.loads(beside.read_text())
+        return Checkpoint(str(path), str(record["sha256"]), "safetensors", str(record["model"]))
+    except FileNotFoundError:
+        raise StoreError(f"{path}: --model must name its net and data set, for there is no {beside.name}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{beside}: not the record of a checkpoint ({type(error).__name__}: {error})") from None
 
 
 def digest_of(path: Path) -> str:

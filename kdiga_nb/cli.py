@@ -1,4 +1,4 @@
-"""The command ``kdiga``: reproduce · train · audit · runs · data."""
+"""The command ``kdiga``: reproduce · train · audit · export · runs · data."""
 
 import hashlib
 import json
@@ -20,8 +20,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from kdiga_nb import checkpoints, data, distributed, paths
+from kdiga_nb import runs as runs_
 from kdiga_nb.artifacts import Experiment
-from kdiga_nb.attacks import AutoAttack
+from kdiga_nb.attacks import PGD, AutoAttack
 from kdiga_nb.audit import COMPARES, plan, verdict
 from kdiga_nb.costs import ASSUMPTION, costs, disk_bytes
 from kdiga_nb.metrics import TestAccuracy
@@ -407,6 +408,8 @@ def _source(target: str, model: str | None) -> Checkpoint:
     """The net that a command line means: a file of weights, or a run of the store by its key."""
     path = Path(target)
     if path.is_file():
+        if model is None:
+            return checkpoints.described(path)
         return Checkpoint(target, None, "safetensors" if path.suffix == ".safetensors" else "state_dict", model)
     if path.suffix:
         raise StoreError(f"{target}: there is no such file")
@@ -471,6 +474,25 @@ def _print_audit(found: dict[str, dict[str, Any]], as_json: bool) -> None:
 
 
 @app.command()
+def export(
+    key: Annotated[str, typer.Argument(help="A finished run's key (kdiga runs lists them).")],
+    path: Annotated[Path, typer.Argument(help="Where to, e.g. checkpoints/cifar10/isd_wot_3.safetensors.")],
+    epsilon: Annotated[str, typer.Option(help="Radius at which the rounded weights are checked, e.g. 8/255.")] = "0.1",
+) -> None:
+    """Write a run's weights in half precision with its record beside them, the accuracies checked after rounding."""
+    try:
+        radius = _radius_of(epsilon)
+        checks = {"clean": TestAccuracy(), "pgd20": TestAccuracy(PGD(radius, radius / 10, 20))}
+        record = runs_.export(key, path, checks)
+    except (ParameterError, StoreError, ValueError) as error:
+        raise _fail(str(error)) from None
+    for name, found in record["accuracy"].items():
+        before, after = (found[words]["percent"] for words in ("as trained", "as written"))
+        typer.echo(f"{name}: {before:.2f} % as trained, {after:.2f} % as written, n = {found['as written']['n']}")
+    typer.echo(f"{_shown(path)}: {path.stat().st_size / 1e6:.2f} MB, sha256 {record['sha256']}")
+
+
+@app.command()
 def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """List the run store: finished runs and those under way."""
     found = list_store()
@@ -488,6 +510,9 @@ def _so_far(entry: dict[str, Any]) -> list[str]:
     parts = [f"{entry['epochs']} epochs in {entry['seconds']:.0f} s"]
     if entry.get("accuracy") is not None:
         parts.append(f"{entry['accuracy']:.1f} % clean on validation")
+    if entry.get("robust") is not None:
+        where = "test" if entry["run"]["schedule"]["selection"] == "best_on_test" else "validation"
+        parts.append(f"{entry['robust']:.1f} % PGD-20 on {where}")
     if entry.get("seconds_left"):
         parts.append(f"{entry['seconds_left'] / 60:.0f} min left")
     return parts

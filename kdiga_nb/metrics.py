@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import Attack, AutoAttack, check_inputs, frozen
+from kdiga_nb.attacks import Attack, AutoAttack, Results, check_inputs, frozen, in_batches
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.operators import still
 
 EVALUATION_SEED = 0
+BATCH_SIZE = 500  # images at a time; where they do not fit, half as many
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def accuracy(
     labels: Tensor,
     *,
     attack: Attack | None = None,
-    batch_size: int = 500,
+    batch_size: int = BATCH_SIZE,
     generator: torch.Generator | None = None,
 ) -> Accuracy:
     """Clean accuracy, or robust accuracy under ``attack``, of a net in eval mode.
@@ -59,14 +60,16 @@ def accuracy(
     check_inputs(model, images, labels)
     if generator is None:
         generator = torch.Generator(images.device).manual_seed(EVALUATION_SEED)
-    correct = 0
+
+    def right(x: Tensor, y: Tensor) -> Results:
+        if attack is not None:
+            x = attack(model, x, y, generator=generator)
+        with torch.no_grad():
+            return (model(x).argmax(1) == y,)
+
     with frozen(model):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            if attack is not None:
-                x = attack(model, x, y, generator=generator)
-            with torch.no_grad():
-                correct += int((model(x).argmax(1) == y).sum())
-    return proportion(correct, len(labels))
+        (correct,) = in_batches(right, (images, labels), batch_size, generator=generator)
+    return proportion(int(correct.sum()), len(labels))
 
 
 def local_linearity(
@@ -84,7 +87,11 @@ def local_linearity(
         x, y, epsilon: images (B, C, H, W) in [0, 1], labels (B,), radius in pixel units.
         step_size: of the ascent, in pixel units (default ε/10).
     """
-    return _linearity(model, x, y, epsilon, steps, step_size, [])
+
+    def work(x: Tensor, y: Tensor) -> Results:
+        return (_linearity(model, x, y, epsilon, steps, step_size, []),)
+
+    return in_batches(work, (x, y), BATCH_SIZE)[0]
 
 
 def _linearity(
@@ -120,8 +127,11 @@ def measured_gap(
 
     Searched like ``local_linearity``, so it too is a lower bound of the true maximum.
     """
-    gap, _ = _gap(student, teacher, x, y, epsilon, steps)
-    return gap
+
+    def work(x: Tensor, y: Tensor) -> Results:
+        return _gap(student, teacher, x, y, epsilon, steps)
+
+    return in_batches(work, (x, y), BATCH_SIZE)[0]
 
 
 def _gap(
@@ -224,7 +234,11 @@ def bound_terms(
     """
     if norm not in BOUND_NORMS:
         raise ValueError(f"norm must be one of {', '.join(BOUND_NORMS)}, got {norm!r}")
-    return _bound_terms(student, teacher, x, y, epsilon, norm, steps, [])
+
+    def work(x: Tensor, y: Tensor) -> Results:
+        return _bound_terms(student, teacher, x, y, epsilon, norm, steps, [])
+
+    return BoundTerms(*in_batches(work, (x, y), BATCH_SIZE), epsilon=epsilon)
 
 
 def _bound_terms(
@@ -236,7 +250,8 @@ def _bound_terms(
     norm: str,
     steps: int,
     candidates: list[Tensor],
-) -> BoundTerms:
+) -> Results:
+    """The tensors of ``BoundTerms``, in its order."""
     llm_student = _linearity(student, x, y, epsilon, steps, None, candidates)
     llm_teacher = _linearity(teacher, x, y, epsilon, steps, None, candidates)
     with frozen(student), frozen(teacher):
@@ -244,7 +259,7 @@ def _bound_terms(
         g_teacher, teacher_logits = input_gradient(teacher, x, y)
     distance = torch.linalg.vector_norm((g_student - g_teacher).flatten(1), ord=BOUND_NORMS[norm], dim=1)
     ce_student, ce_teacher = cross_entropy(student_logits, y), cross_entropy(teacher_logits, y)
-    return BoundTerms(llm_student, llm_teacher, ce_student, ce_teacher, distance, epsilon)
+    return llm_student, llm_teacher, ce_student, ce_teacher, distance
 
 
 def gap_and_bound(
@@ -254,8 +269,13 @@ def gap_and_bound(
 
     γ is only searched for; looking where the gap was found too keeps a short search from faking a violation.
     """
-    gap, found = _gap(student, teacher, x, y, epsilon, steps)
-    return gap, _bound_terms(student, teacher, x, y, epsilon, "l1", steps, [found])
+
+    def work(x: Tensor, y: Tensor) -> Results:
+        gap, found = _gap(student, teacher, x, y, epsilon, steps)
+        return gap, *_bound_terms(student, teacher, x, y, epsilon, "l1", steps, [found])
+
+    gap, *terms = in_batches(work, (x, y), BATCH_SIZE)
+    return gap, BoundTerms(*terms, epsilon=epsilon)
 
 
 class Measure:

@@ -24,6 +24,7 @@ ImageShape = tuple[int, int, int]
 class Normalize(nn.Module):
     """(x − mean) / std a channel, as a layer: pixels stay in [0, 1] outside the net."""
 
+    is_affine = True
     mean: Tensor
     std: Tensor
 

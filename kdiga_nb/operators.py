@@ -18,14 +18,16 @@ c = mean(v·gy) − mean(v)·mean(gy),
 where P(v) comes from the same fused kernel as P(gy).
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -276,11 +278,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 # ---- nets that are only evaluated ----
 
-DENSE_LIMIT = 2**18  # entries of a convolution's matrix up to which multiplying by it is quicker than convolving
+# Entries of the matrix of affine layers on small images. Up to FORWARD_LIMIT a product with it beats the layers, up to
+# BACKWARD_LIMIT it beats their way back, and up to STRIDED_LIMIT if a strided convolution is among them.
+FORWARD_LIMIT, BACKWARD_LIMIT, STRIDED_LIMIT = 100_000, 2**17, 2**18
+AFFINE = (nn.Conv2d, nn.AvgPool2d, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
 
 
-class _DenseBackward(torch.autograd.Function):
-    """A convolution whose way back is one product with its matrix."""
+class _MatrixBackward(torch.autograd.Function):
+    """An affine map whose way back is one product with its matrix."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, matrix: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -294,63 +299,101 @@ class _DenseBackward(torch.autograd.Function):
         return (gradient.flatten(1) @ matrix).view(ctx.shape), None, None
 
 
-class _StillConv2d(nn.Module):
-    """A convolution of constant weights on small images: few channels in, or strided, where convolving back is slow."""
+class _Affine(nn.Module):
+    """Affine layers in a row as one matrix, read off where they send the unit vectors: both ways, or the way back."""
 
-    def __init__(self, convolution: nn.Conv2d):
+    def __init__(self, layers: nn.Sequential, shape: torch.Size, like: Tensor, both_ways: bool):
         super().__init__()
-        self.convolution = convolution
-        self._matrix: Tensor | None = None
+        pixels = math.prod(shape)
+        basis = torch.cat([torch.zeros(1, pixels), torch.eye(pixels)]).to(like.device, torch.float64)
+        with torch.no_grad():
+            image = deepcopy(layers).double()(basis.view(-1, *shape))
+        self.shape, flat = image.shape[1:], image.flatten(1)
+        self.register_buffer("matrix", (flat[1:] - flat[0]).T.to(like.dtype).contiguous(), persistent=False)
+        self.register_buffer("constant", flat[0].to(like.dtype), persistent=False)
+        self.layers = None if both_ways else layers
 
     def forward(self, x: Tensor) -> Tensor:
-        value = self.convolution(x.detach())
+        """The layers' input -> their output."""
+        matrix = self.get_buffer("matrix")
+        if self.layers is None:
+            return F.linear(x.flatten(1), matrix, self.get_buffer("constant")).view(-1, *self.shape)
+        value = self.layers(x.detach())
         if not (x.requires_grad and torch.is_grad_enabled()):
             return value
-        if self._matrix is None:
-            pixels = x[0].numel()
-            basis = torch.eye(pixels, dtype=x.dtype, device=x.device).view(pixels, *x.shape[1:])
-            bias = self.convolution(torch.zeros_like(x[:1]))
-            self._matrix = (self.convolution(basis) - bias).flatten(1).t().contiguous()
-        return _DenseBackward.apply(x, value, self._matrix)  # pyright: ignore[reportReturnType]
+        return _MatrixBackward.apply(x, value, matrix)  # pyright: ignore[reportReturnType]
 
 
 def still(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
     """A copy of the net that is only to be evaluated: the same function to rounding, cheaper to attack.
 
     It is in eval mode and without parameter gradients. Batch normalisation that follows a convolution in a
-    ``nn.Sequential`` is folded into it, and the convolutions of small images for which that is quicker go back by a
-    matrix product. (B, C, H, W) -> (B, N), as the net; first derivatives only.
+    ``nn.Sequential`` is folded into it, and affine layers in a row become a matrix where images are so small that this
+    is quicker. (B, C, H, W) -> (B, N), as the net; first derivatives only.
     """
     copied = deepcopy(model).eval().requires_grad_(False)
-    for sequence in [module for module in copied.modules() if isinstance(module, nn.Sequential)]:
+    sequences = [module for module in copied.modules() if isinstance(module, nn.Sequential)]
+    for sequence in sequences:
         children = list(sequence.named_children())
         for (name, module), (following, after) in pairwise(children):
             if isinstance(module, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
                 sequence.set_submodule(name, fuse_conv_bn_eval(module, after))
                 sequence.set_submodule(following, nn.Identity())
-    sizes = _sizes(copied, image_shape)
+    shapes = _shapes(copied, image_shape)
+    like = next(copied.parameters())
+    inside = set()
+    for sequence in sequences:
+        inside |= set(sequence.children())
+        for affine, run in groupby(list(sequence.named_children()), lambda child: _is_affine(child[1])):
+            names, layers = zip(*run, strict=True)
+            if affine and (matrix := _as_matrix(layers, shapes, like)) is not None:
+                sequence.set_submodule(names[0], matrix)
+                for name in names[1:]:
+                    sequence.set_submodule(name, nn.Identity())
     for name, module in list(copied.named_modules()):
-        if isinstance(module, nn.Conv2d) and name in sizes:
-            strided = max(module.stride) > 1
-            if (strided or module.in_channels == 1) and sizes[name] <= DENSE_LIMIT:
-                copied.set_submodule(name, _StillConv2d(module))
+        alone = isinstance(module, nn.Conv2d) and module in shapes and module not in inside
+        if alone and (matrix := _as_matrix((module,), shapes, like)) is not None:
+            copied.set_submodule(name, matrix)
+        if hasattr(module, "fused_attn"):
+            module.register_forward_pre_hook(_fused_without_gradient)
     return copied
 
 
-def _sizes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """Entries of the matrix of each convolution, by the module's name."""
-    sizes: dict[str, int] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+def _fused_without_gradient(attention: nn.Module, _: Any) -> None:
+    """timm's switch: the fused kernel is the quicker one forward, and on small images the slower one back."""
+    attention.fused_attn = not torch.is_grad_enabled()  # pyright: ignore[reportArgumentType]
 
-            def note(_: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
-                sizes[name] = inputs[0][0].numel() * output[0].numel()
 
-            hooks.append(module.register_forward_hook(note))
+def _is_affine(module: nn.Module) -> bool:
+    return isinstance(module, AFFINE) or getattr(module, "is_affine", False)
+
+
+Shapes = dict[nn.Module, tuple[torch.Size, torch.Size]]
+
+
+def _as_matrix(layers: tuple[nn.Module, ...], shapes: Shapes, like: Tensor) -> _Affine | None:
+    """The affine layers as a matrix, if that is quicker."""
+    work = [layer for layer in layers if not isinstance(layer, nn.Flatten | nn.Identity | nn.Dropout)]
+    if not work or (len(work) == 1 and isinstance(work[0], nn.Linear)) or any(layer not in shapes for layer in layers):
+        return None
+    shape, size = shapes[layers[0]][0], math.prod(shapes[layers[0]][0]) * math.prod(shapes[layers[-1]][1])
+    strided = any(isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 for layer in work)
+    if size > (STRIDED_LIMIT if strided else BACKWARD_LIMIT):
+        return None
+    return _Affine(nn.Sequential(*layers), shape, like, both_ways=size <= FORWARD_LIMIT)
+
+
+def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> Shapes:
+    """Shapes of the input and the output of each layer that takes and gives one tensor, without the batch."""
+    shapes: Shapes = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        shapes[module] = (inputs[0].shape[1:], output.shape[1:])
+
+    hooks = [module.register_forward_hook(note) for module in model.modules() if _is_affine(module)]
     parameter = next(model.parameters())
     with torch.no_grad():
         model(torch.zeros(1, *image_shape, dtype=parameter.dtype, device=parameter.device))
     for hook in hooks:
         hook.remove()
-    return sizes
+    return shapes

@@ -55,6 +55,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def radius_text(epsilon: float) -> str:
+    """A radius as readers write it: 0.1, or 8/255 where that is shorter."""
+    return min(f"{epsilon:g}", f"{255 * epsilon:g}/{255}", key=len)
+
+
 def _one_of(names: Mapping[str, Any] | tuple[str, ...]) -> BeforeValidator:
     def check(value: Any) -> Any:
         if not isinstance(value, str) or value not in names:
@@ -116,7 +121,7 @@ class Params(BaseModel):
     # the loss
     lambda_ce: Weight = 0.5
     lambda_kl: Weight = 0.5
-    lambda_iga: Weight = 2.0
+    lambda_iga: Weight = 1.5
     iga_norm: Annotated[str, _one_of(("preset", *NORMS))] = "preset"
     temperature: Positive = 1.0
 
@@ -139,6 +144,11 @@ class Params(BaseModel):
     train_step_size: Radius = 0.0
     at_steps: Count = 5
     beta: Weight = 6.0
+
+    @property
+    def radius(self) -> str:
+        """ε as readers write it."""
+        return radius_text(self.epsilon)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -205,7 +215,7 @@ class ExploreParams(IsdParams):
     show_method: Annotated[str, _one_of(EXPLORED)] = "kdiga"
     show_seed: Natural = 0
     show_image: Natural = 0
-    show_lambda_iga: Weight = 2.0
+    show_lambda_iga: Weight = 1.5
     show_epsilon: Radius = 0.1
     show_loop: Count = 1
     show_dropout: bool = True

@@ -224,33 +224,62 @@ def short(label: str) -> str:
     return parts[1] if len(parts) > 2 else parts[-1]
 
 
+def _series(table: pd.DataFrame) -> dict[str, list[str]]:
+    """The rows of a table by what a reader follows: the loops of one self-distillation together, others alone."""
+    series: dict[str, list[str]] = {}
+    for row in dict.fromkeys(str(row) for row in table["row"]):
+        label = short(str(table.loc[table["row"] == row, "label"].iloc[0]))
+        loop = re.fullmatch(r"(isd_wi?o?t)_\d+", row)
+        series.setdefault(re.sub(r"-\d+$", "", label) if loop else label, []).append(row)
+    return series
+
+
+def _plane_points(table: pd.DataFrame, rows: Sequence[str], metric: str) -> list[tuple[str, Any, Any]]:
+    """Row id, clean and robust entry of the rows that have both."""
+    points: list[tuple[str, Any, Any]] = []
+    for row in rows:
+        part = table[table["row"] == row].set_index("metric")
+        if {"clean", metric} <= set(part.index) and not part.loc[["clean", metric], "value"].isna().any():
+            points.append((row, part.loc["clean"], part.loc[metric]))
+    return points
+
+
 def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure:
-    """Clean against robust accuracy, a point a row with its 95 % cross, one panel a robust metric (Figure 1)."""
+    """Clean against robust accuracy, a point a row with its 95 % cross, one panel a robust metric (Figure 1).
+
+    The loops of a self-distillation are points on one line, the first and the last one numbered.
+    """
     figure, panels = plt.subplots(
-        1, len(robust), figsize=(4.2 * len(robust) + 2.6, 4.6), layout="constrained", sharey=True, squeeze=False
+        1, len(robust), figsize=(4.2 * len(robust) + 2.6, 4.8), layout="constrained", sharey=True, squeeze=False
     )
-    markers = "osD^vP*XphH<>8d"
+    markers = "osD^vP*Xph<>8d"
     handles: dict[str, Any] = {}
+    series = _series(table)
     for axes, metric in zip(panels[0], robust, strict=True):
         _plain_axes(axes)
-        for index, row in enumerate(dict.fromkeys(table["row"])):
-            part = table[table["row"] == row].set_index("metric")
-            if not {"clean", metric} <= set(part.index) or part.loc[["clean", metric], "value"].isna().any():
+        for index, (name, rows) in enumerate(series.items()):
+            points = _plane_points(table, rows, metric)
+            if not points:
                 continue
-            x, y = part.loc["clean"], part.loc[metric]
-            handles[short(str(part["label"].iloc[0]))] = axes.errorbar(
-                x["value"],
-                y["value"],
-                xerr=_whiskers(x),
-                yerr=_whiskers(y),
-                fmt=markers[index % len(markers)],
-                color=PALETTE[index % len(PALETTE)],
-                markersize=7,
-                linewidth=0.8,
+            # Beyond the palette's length a colour comes back lighter, so that no two look the same.
+            color = sns.light_palette(PALETTE[index % len(PALETTE)], 4)[3 - index // len(PALETTE)]
+            for _, x, y in points:
+                cross = {"xerr": _whiskers(x), "yerr": _whiskers(y), "fmt": "none", "ecolor": color}
+                axes.errorbar(x["value"], y["value"], elinewidth=0.9, alpha=0.35, **cross)
+            xs, ys = [x["value"] for _, x, _ in points], [y["value"] for _, _, y in points]
+            (handles[name],) = axes.plot(
+                xs, ys, marker=markers[index % len(markers)], color=color, markersize=7, linewidth=1.2, zorder=3
             )
+            for end in (0, -1) if len(points) > 1 else ():  # in between they would overlap
+                loop = points[end][0].rpartition("_")[2]
+                axes.annotate(loop, (xs[end], ys[end]), (5, 4), textcoords="offset points", fontsize=8, zorder=4)
         axes.set_xlabel("clean accuracy (%)")
         axes.set_title(f"{_pretty(metric)}", fontsize=10)
     panels[0][0].set_ylabel("robust accuracy (%)")
+    if any(len(rows) > 1 for rows in _series(table).values()):
+        panels[0][0].annotate(
+            "numbers: first and last loop", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color="0.35"
+        )
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8, frameon=False)
     figure.suptitle(title)
     return figure
@@ -295,9 +324,13 @@ def plot_loops(table: pd.DataFrame, series: dict[str, Sequence[str]], metrics: S
     figure, panels = plt.subplots(
         1, len(metrics), figsize=(4.0 * len(metrics), 3.8), layout="constrained", squeeze=False
     )
+    shown = table[table["metric"].isin(metrics) & table["row"].isin([row for rows in series.values() for row in rows])]
+    ours = ", ours" if shown["reported"].notna().any() else ""
     for axes, metric in zip(panels[0], metrics, strict=True):
         _plain_axes(axes)
         for index, (name, rows) in enumerate(series.items()):
+            # Side by side: on one spot the whiskers of several lines hide each other.
+            shift = 0.06 * (index - (len(series) - 1) / 2)
             part = table[(table["metric"] == metric) & table["row"].isin(rows)].set_index("row")
             points: list[tuple[int, Any]] = [
                 (loop, part.loc[row]) for loop, row in enumerate(rows) if row in part.index
@@ -306,9 +339,10 @@ def plot_loops(table: pd.DataFrame, series: dict[str, Sequence[str]], metrics: S
             color = PALETTE[index]
             if drawn:
                 errors = np.hstack([np.array(_whiskers(entry)) for _, entry in drawn])
-                loops = [loop for loop, _ in drawn]
+                loops = [loop + shift for loop, _ in drawn]
                 values = [entry["value"] for _, entry in drawn]
-                axes.errorbar(loops, values, yerr=errors, marker="o", color=color, capsize=2, label=f"{name}, ours")
+                style: dict[str, Any] = {"marker": "o", "color": color, "capsize": 2, "elinewidth": 0.9}
+                axes.errorbar(loops, values, yerr=errors, label=f"{name}{ours}", **style)
             reports = [(loop, float(entry["reported"])) for loop, entry in points]
             paper = [(loop, number) for loop, number in reports if not math.isnan(number)]
             if paper:

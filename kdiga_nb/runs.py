@@ -25,7 +25,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -188,7 +188,11 @@ def training_seconds(run: Source) -> float | None:
 
 def history(run: Run) -> list[dict[str, float]]:
     """The finished run's training curve, one row an epoch."""
-    with (folder(run) / "history.csv").open(newline="") as file:
+    return _read_history(folder(run))
+
+
+def _read_history(home: Path) -> list[dict[str, float]]:
+    with (home / "history.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
@@ -207,6 +211,53 @@ def stored(key: str) -> Checkpoint:
         return Checkpoint(str(homes[0] / "model.safetensors"), record["sha256"], "safetensors", name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{key}: run.json is damaged ({error})") from None
+
+
+def export(key: str, path: Path, checks: Mapping[str, Measure]) -> dict[str, Any]:
+    """Write a finished run's weights in half precision to ``path``, and its record beside them (``.json``).
+
+    The record has the net, the file's sha256, the runs it stands on, its training curve, everything that was measured,
+    and each of ``checks`` on the weights as trained and as written: what the rounding costs.
+
+    Raises:
+        StoreError: no such run, or the files cannot be written.
+    """
+    if path.suffix != ".safetensors":
+        raise StoreError(f"{path}: must end in .safetensors")
+    trained = stored(key)
+    home = Path(trained.path).parent
+    weights = safetensors.torch.load_file(trained.path)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    _replace(path, lambda partial: safetensors.torch.save_file(half, partial))
+    written = Checkpoint(str(path), digest_of(path), "safetensors", trained.model)
+    accuracy = {
+        name: {words: measure(net, check) for words, net in (("as trained", trained), ("as written", written))}
+        for name, check in checks.items()
+    }
+    record = {
+        "model": trained.model,
+        "sha256": written.sha256,
+        "precision": "float16",
+        "accuracy": accuracy,
+        "runs": _records(home.name),
+        "history": _read_history(home),
+        "measures": _measures(trained),
+    }
+    _write_json(path.with_suffix(".json"), record)
+    return record
+
+
+def _records(key: str) -> dict[str, Any]:
+    """The records of a run and of all it stands on, as far as the store has them."""
+    found: dict[str, Any] = {}
+    todo = [key]
+    while todo:
+        name = todo.pop()
+        path = paths.runs() / name / "run.json"
+        if name not in found and path.exists():
+            found[name] = json.loads(path.read_text())
+            todo += [parent for kind in ("teacher", "init") if isinstance(parent := found[name]["run"][kind], str)]
+    return found
 
 
 def measure(
@@ -696,8 +747,9 @@ def title(job: Job) -> str:
 def list_store() -> list[dict[str, Any]]:
     """What the store holds, newest first.
 
-    Key, state (finished, epoch e of E, damaged), what it is, epochs, seconds; clean validation accuracy in per cent of
-    the last epoch, and the seconds left to the end (None where they are not known).
+    Key, state (finished, epoch e of E, damaged), what it is, epochs, seconds; in per cent of the last epoch the clean
+    accuracy on the validation images and the robust one that epochs are selected by; the seconds left to the end (None
+    where they are not known).
     """
     entries = []
     for home in sorted(paths.runs().glob("*/"), key=lambda path: -path.stat().st_mtime):
@@ -705,8 +757,7 @@ def list_store() -> list[dict[str, Any]]:
             record = json.loads((home / "run.json").read_text())
             run = record["run"]
             state, epochs, seconds, left = "finished", run["schedule"]["epochs"], record["seconds"], 0.0
-            with (home / "history.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = _read_history(home)
         except FileNotFoundError:
             record = _unfinished(home)
             if record is None:
@@ -719,9 +770,13 @@ def list_store() -> list[dict[str, Any]]:
         if ".damaged-" in home.name:
             state = "set aside as damaged"
         what = f"{run['method']['type']} {run['model']} on {run['dataset']}, seed {run['seed']}"
-        accuracy = rows[-1].get("validation_clean") if rows else None
+        last = rows[-1] if rows else {}
         entry = {"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds}
-        entry |= {"accuracy": float(accuracy) if accuracy else None, "seconds_left": left}
+        entry |= {
+            "accuracy": last.get("validation_clean"),
+            "robust": last.get("selection_robust"),
+            "seconds_left": left,
+        }
         entries.append(entry | {"run": run})
     return entries
 
@@ -737,7 +792,22 @@ def _progress(record: dict[str, Any]) -> tuple[str, float | None]:
 
 def _unfinished(home: Path) -> dict[str, Any] | None:
     try:
-        with safetensors.safe_open(home / "checkpoint.safetensors", framework="pt") as file:
-            return json.loads(file.metadata()["record"])
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
+        return json.loads(_metadata(home / "checkpoint.safetensors")["record"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, which may be gone at any moment: its training goes on meanwhile.
+
+    The format opens with the length of a JSON header, eight bytes, little endian. The library opens the file a second
+    time, and answers one that vanished in between with a bare RuntimeError.
+
+    Raises:
+        OSError, ValueError, KeyError: there is no such file, or it is none of that kind.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.fstat(file.fileno()).st_size:
+            raise ValueError("not a safetensors file")
+        return json.loads(file.read(length))["__metadata__"]

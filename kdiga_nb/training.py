@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb import distributed
-from kdiga_nb.attacks import PGD, Attack, frozen
+from kdiga_nb.attacks import PGD, Attack, frozen, is_out_of_memory
 from kdiga_nb.data import Data, Feed, Shard, Split
 from kdiga_nb.methods import KnownTeacher, Method
 from kdiga_nb.metrics import accuracy
@@ -517,12 +517,6 @@ def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
 # ---- memory ----
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU it is the allocator that says so, or oneDNN, in its own words.
-    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
 @contextmanager
 def _naming_the_batch_that_fits(
     student: nn.Module, teacher: nn.Module | None, state: TrainingState, x: Tensor, y: Tensor
@@ -532,7 +526,7 @@ def _naming_the_batch_that_fits(
         yield
         return
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     # Outside the handler, so that the failed step's graph is gone.
     state.optimizer.zero_grad(set_to_none=True)
@@ -559,7 +553,7 @@ def _largest_that_fits(
             torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)
             return n
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
     return 0
 

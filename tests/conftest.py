@@ -1,8 +1,11 @@
 """What every test stands on: one thread, a run store of its own, no network, and a few small nets and data sets."""
 
 import ipaddress
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from kdiga_nb import paths
@@ -20,6 +24,27 @@ from kdiga_nb.models import build_model
 from kdiga_nb.params import ExploreParams, read
 from kdiga_nb.runs import run_all
 from kdiga_nb.training import Schedule, train
+
+# A copy of the real data sets and of published weights that may lie beside the checkout.
+BESIDE = paths.ROOT.parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Where real data lie beside the checkout and KDIGA_DATA names no others, put them where torchvision looks, once.
+
+    The tests that need them are skipped elsewhere. (xdist's workers inherit the variable.)
+    """
+    if "KDIGA_DATA" in os.environ or paths.data().exists() or not (BESIDE / "restore.py").is_file():
+        return
+    home = paths.ROOT / "build" / "data"
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / "lock"):
+        if not (home / "whole").exists():
+            command = [sys.executable, str(BESIDE / "restore.py"), str(home)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            shutil.copytree(BESIDE / "weights", home / "checkpoints", dirs_exist_ok=True)
+            (home / "whole").touch()
+    os.environ["KDIGA_DATA"] = str(home)
 
 
 class TinyNet(nn.Module):

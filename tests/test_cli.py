@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -202,7 +203,7 @@ def test_an_audit_refused_in_one_line(arguments: list[str], says: str):
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        (None, "model must name a net and a data set, as in"),
+        (None, "--model must name its net and data set, for there is no net.json"),
         ("digits_small:mnits", "dataset must be one of digits"),
         ("digits_tiny:digits", "model must be one of digits_small"),
         ("digits_large:digits", "has shape"),
@@ -236,6 +237,54 @@ def test_an_audit_of_a_run_that_learned_nothing_stops_and_says_why():
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("invalid: no figure is evidence")
     assert "autoattack" not in result.stdout
+
+
+# ---- export ----
+
+
+@pytest.fixture
+def key() -> str:
+    """A finished run of the store."""
+    assert kdiga("train", str(SMOKE / "table1.yaml"), "--row", "st", "--jobs", "1").exit_code == 0
+    return list_store()[0]["key"]
+
+
+def test_an_export_carries_what_an_audit_needs(key: str, tmp_path: Path):
+    file = tmp_path / "checkpoints" / "st.safetensors"
+    result = kdiga("export", key, str(file), "--epsilon", "0.1")
+    assert result.exit_code == 0, result.output
+    record = json.loads(file.with_suffix(".json").read_text())
+    assert set(record["accuracy"]) == {"clean", "pgd20"}
+    assert all(found["as written"]["n"] == 500 for found in record["accuracy"].values())
+    assert record["runs"][key]["run"]["method"]["type"] == "st" and record["history"][-1]["epoch"] >= 1
+    written = safetensors.torch.load_file(file)
+    assert {v.dtype for v in written.values() if v.is_floating_point()} == {torch.float16}
+    for name, value in safetensors.torch.load_file(paths.runs() / key / "model.safetensors").items():
+        torch.testing.assert_close(written[name].to(value.dtype), value, rtol=1e-3, atol=1e-4)
+    audit = kdiga("audit", str(file), "--epsilon", "1/2", "--images", "5", "--json")
+    assert json.loads(audit.stdout)["results"]["preconditions"]["n"] == 5
+
+
+def test_an_exported_file_that_was_changed_is_refused(key: str, tmp_path: Path):
+    file = tmp_path / "st.safetensors"
+    assert kdiga("export", key, str(file)).exit_code == 0
+    safetensors.torch.save_file({"head.bias": torch.zeros(10)}, file)
+    result = kdiga("audit", str(file))
+    assert result.exit_code == 2 and "its sha256 is" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("key_", "file", "says"),
+    [
+        ("0123abcd", "x.safetensors", "no finished run of the store has that key"),
+        ("0123abcd", "x.pt", "must end in .safetensors"),
+    ],
+)
+def test_an_export_refused_in_one_line(key_: str, file: str, says: str, tmp_path: Path):
+    result = kdiga("export", key_, str(tmp_path / file))
+    assert result.exit_code == 2 and not (tmp_path / file).exists()
+    (line,) = result.stderr.splitlines()
+    assert says in line
 
 
 # ---- whole reproductions, by processes of their own, from another folder ----

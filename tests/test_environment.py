@@ -1,9 +1,11 @@
-"""The project's own files: two lists of dependencies that agree, and nothing committed that belongs to one machine.
+"""The project's own files: two lists of dependencies that agree, a README that quotes the committed results, and
+nothing committed that belongs to one machine.
 
 conda cannot be run everywhere, so environment.yml is compared with pyproject.toml, which every test run installs.
 """
 
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -11,12 +13,14 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
 
 from kdiga_nb import __version__
 from kdiga_nb.paths import ROOT
+from kdiga_nb.report import show
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -113,3 +117,15 @@ def test_committed_files_are_small() -> None:
 )
 def test_the_patterns_find(pattern: re.Pattern[str], text: str) -> None:
     assert pattern.search(text)
+
+
+def test_the_readmes_table_is_the_committed_result() -> None:
+    """Ours [low, high] and the paper's number, as ``report.show`` prints them from figures/digits/table1.csv."""
+    shown = show(pd.read_csv(ROOT / "figures" / "digits" / "table1.csv"), ["clean", "pgd20", "autoattack"])
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| row of Table 1 |")) + 2
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(len, lines[start:])]
+    assert len(table) >= 10
+    columns = ["clean, ours", "clean, paper", "pgd20, ours", "pgd20, paper", "autoattack, ours"]
+    for label, *cells in table:
+        assert cells == [str(shown.loc[label, column]) for column in columns], label

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import pairwise
@@ -25,6 +27,7 @@ from kdiga_nb.metrics import (
     measured_gap,
     proportion,
 )
+from kdiga_nb.paths import ROOT
 
 Nets = tuple[nn.Module, nn.Module]
 
@@ -91,6 +94,38 @@ def test_accuracy_of_known_answers(batch_size: int) -> None:
     labels = answers.clone()
     labels[[2, 5, 9]] = torch.tensor([3, 0, 8])
     assert accuracy(ReadsFirstPixel(), images, labels, batch_size=batch_size) == proportion(7, 10)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, torch
+from kdiga_nb.attacks import PGD
+from kdiga_nb.metrics import accuracy, local_linearity
+from kdiga_nb.models import build_model
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = build_model("digits_wide", num_classes=10, image_shape=(1, 32, 32)).eval()
+x, y = torch.rand(3000, 1, 32, 32), torch.randint(10, (3000,))
+attack = PGD(0.1, 0.05, 2)
+accuracy(net, x[:8], y[:8], attack=attack)
+if sys.argv[1] == "short":
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+print(accuracy(net, x, y, attack=attack, batch_size=3000))
+"""
+
+
+def test_an_evaluation_short_of_memory_takes_smaller_batches() -> None:
+    """A process whose address space ends 400 MB on says the same as one with all the memory it wants."""
+    found = {}
+    for kind in ("short", "ample"):
+        command = [sys.executable, "-c", SHORT_OF_MEMORY, kind]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[kind] = done
+    assert found["short"].stdout == found["ample"].stdout and "n=3000" in found["short"].stdout
+    assert "out of memory: going on with batches of 1500 images" in found["short"].stderr
+    assert found["ample"].stderr == ""
 
 
 def test_accuracy_under_attack_of_known_answers() -> None:

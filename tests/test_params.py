@@ -1,6 +1,7 @@
 """Parameters: every shipped file, every default, and a table of what is refused, a line a fault, before training."""
 
 import ast
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kdiga_nb.params import (
     build,
     from_notebook,
     parse_override,
+    radius_text,
     read,
 )
 from kdiga_nb.paths import NOTEBOOKS, PARAMS
@@ -291,3 +293,11 @@ def test_a_bad_value_that_was_injected_is_caught():
 def test_parameters_do_not_change_after_they_were_checked():
     with pytest.raises(ValueError, match="frozen"):
         Table5Params().epsilon = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "text"), [(8 / 255, "8/255"), (1 / 255, "1/255"), (0.1, "0.1"), (0.2, "0.2"), (0.0, "0"), (1.0, "1")]
+)
+def test_a_radius_is_written_as_readers_write_it(epsilon: float, text: str) -> None:
+    assert radius_text(epsilon) == text
+    assert float(Fraction(text)) == epsilon

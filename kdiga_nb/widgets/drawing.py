@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from kdiga_nb.metrics import Accuracy
+from kdiga_nb.params import radius_text
 from kdiga_nb.report import PALETTE
 from kdiga_nb.widgets.views import (
     Array,
@@ -147,7 +148,7 @@ def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
     left.set_xticks([], minor=True)
     left.set(ylim=(0, 103), xlim=(smallest / 6, max(weights) * 1.5))
     left.set(xlabel="λ_IGA (0: KD; short grey lines: not trained)", ylabel="accuracy (%)")
-    left.set_title(f"Accuracy over λ_IGA, ε = {epsilon:g}")
+    left.set_title(f"Accuracy over λ_IGA, ε = {radius_text(epsilon)}")
     if any(found.accuracies for found in data.nets):
         left.legend(loc="lower right")
     _plain(left)
@@ -274,7 +275,7 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title(f"{pretty(_pgd(data))} on the student, now, at ε = {data.state.epsilon:g}")
+    axes.set_title(f"{pretty(_pgd(data))} on the student, now, at ε = {radius_text(data.state.epsilon)}")
     axes.set_xlabel("prediction, clean → attacked (bold: wrong)")
 
 
@@ -312,7 +313,7 @@ def _draw_loops(figure: Figure, data: Loops) -> None:
             style |= {"color": PALETTE[7], "marker": "o", "markersize": 4.5, "capsize": 2}
             llm.errorbar(place, mean, yerr=1.96 * error, label="with head dropout" if dropout else "without", **style)
     accuracy.set(ylim=(0, 103), ylabel="accuracy (%)")
-    accuracy.set_title(f"{_chain_name(data)}, ε = {data.state.params.epsilon:g} (dotted: no dropout)")
+    accuracy.set_title(f"{_chain_name(data)}, ε = {data.state.params.radius} (dotted: no dropout)")
     if accuracy.get_legend_handles_labels()[0]:
         accuracy.legend(loc="lower right")
     llm.set_ylim(bottom=0)
@@ -395,7 +396,7 @@ def _draw_bound(axes: Axes, data: OneImage) -> None:
     axes.set_ylabel("nats")
     axes.set_ylim(0, max(base, data.gap) * 1.42 or 1)
     axes.legend(loc="upper left", ncols=1, fontsize=7.5, handlelength=1.2, labelspacing=0.3, reverse=True)
-    axes.set_title(f"Proposition 2, ε = {data.state.epsilon:g}")
+    axes.set_title(f"Proposition 2, ε = {radius_text(data.state.epsilon)}")
 
 
 def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) -> Any:

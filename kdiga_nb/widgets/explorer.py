@@ -17,7 +17,7 @@ from kdiga_nb import paths, runs
 from kdiga_nb.artifacts import CHAINS, Point, Row, reference_teacher
 from kdiga_nb.data import load_data
 from kdiga_nb.models import MODELS
-from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, read
+from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, radius_text, read
 from kdiga_nb.runs import Job, Run, StoreError, is_finished
 from kdiga_nb.widgets.background import Progress, Training
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
@@ -25,7 +25,6 @@ from kdiga_nb.widgets.views import Data, State, compute, is_empty, missing, word
 
 log = logging.getLogger("kdiga")
 
-EPSILON_STEP, LARGEST_EPSILON = 0.005, 0.3  # of the slider, in pixels of [0, 1]
 LOOPS_BEYOND = 2  # the loop slider goes this far beyond what the parameters train
 POLL_SECONDS = 0.3
 WIDE, NARROW = "370px", "200px"
@@ -153,7 +152,6 @@ class Explorer:
         state = self._state
         views = [(name, key) for key, name in VIEWS.items()]
         methods = [(name, key) for key, name in EXPLORED.items()]
-        radius = {"min": 0, "max": max(LARGEST_EPSILON, state.epsilon), "step": EPSILON_STEP, "readout_format": ".3f"}
         seeds = sorted({*self.params.seeds, state.seed})
         every_scale = sorted({*scales(), self.params.scale})
         return {
@@ -162,7 +160,7 @@ class Explorer:
             "student": ipw.Dropdown(options=self._students(), description="student", **_place(NARROW)),
             "seed": ipw.Dropdown(options=seeds, description="seed", **_place(NARROW)),
             "lambda_iga": ipw.SelectionSlider(options=self._weights(), description="λ_IGA", **_slider()),
-            "epsilon": ipw.FloatSlider(description="ε", **radius, **_slider()),
+            "epsilon": ipw.SelectionSlider(options=self._radii(), description="ε", **_slider()),
             "loop": ipw.IntSlider(min=1, max=self._last_loop(), description="loop", **_slider()),
             "image": ipw.IntSlider(min=0, max=self._images() - 1, description="image", **_slider()),
             "method": ipw.Dropdown(options=methods, description="method", **_place(WIDE)),
@@ -172,6 +170,11 @@ class Explorer:
 
     def _weights(self) -> list[tuple[str, float]]:
         return [(f"{weight:g}" if weight else "0 (KD)", weight) for weight in self._state.lambdas]
+
+    def _radii(self) -> list[tuple[str, float]]:
+        """The ε slider's stops: steps of 1/255 where that is how the parameters write ε, else of 0.005."""
+        steps = [n / 255 for n in range(33)] if "/" in self.params.radius else [n / 200 for n in range(61)]
+        return [(radius_text(radius), radius) for radius in sorted({*steps, self.params.epsilon, self._state.epsilon})]
 
     def _students(self) -> list[str]:
         """The nets for images of the data set's size: the digits' own, or the others."""
@@ -218,6 +221,7 @@ class Explorer:
             self.controls["student"].options = self._students()
             self.controls["seed"].options = sorted({*self.params.seeds, self._state.seed})
             self.controls["lambda_iga"].options = self._weights()
+            self.controls["epsilon"].options = self._radii()
             self.controls["loop"].max, self.controls["image"].max = self._last_loop(), self._images() - 1
         finally:
             self._busy = False

@@ -21,7 +21,7 @@ from kdiga_nb.data import load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound
 from kdiga_nb.operators import still
-from kdiga_nb.params import ExploreParams
+from kdiga_nb.params import ExploreParams, radius_text
 from kdiga_nb.runs import Run, measured, run_key
 from kdiga_nb.training import computing
 
@@ -53,7 +53,7 @@ class State:
     method: str = "kdiga"
     seed: int = 0
     image: int = 0
-    lambda_iga: float = 2.0
+    lambda_iga: float = 1.5
     epsilon: float = 0.1
     loop: int = 1
     dropout: bool = True
@@ -419,14 +419,14 @@ def words(data: Data) -> str:
             where = f"λ_IGA = {state.lambda_iga:g}"
             found = "nominal {:g}, effective {:.2g}; ".format(*data.weights) + _accuracies(chosen)
         case UnderAttack():
-            where = f"ε = {state.epsilon:g}"
+            where = f"ε = {radius_text(state.epsilon)}"
             found = _accuracies(chosen) + _gallery_words(data)
         case Loops():
             where = f"loop {state.loop}, image {state.image}"
             llm = "" if chosen.llm is None else f"; LLM {chosen.llm[0]:.3f} ± {1.96 * chosen.llm[1]:.3f} nats"
             found = _accuracies(chosen) + llm + _map_words(data.maps)
         case OneImage():
-            where = f"ε = {state.epsilon:g}, image {state.image}"
+            where = f"ε = {radius_text(state.epsilon)}, image {state.image}"
             sides = f"measured gap {data.gap:.3f}, bound {sum(data.terms.values()):.3f} nats"
             found = f"label {data.label}; {sides}" if data.terms else "its teacher is not in the store"
     if not chosen.trained:
