@@ -11,7 +11,7 @@ LINTED := kdiga_nb tests notebooks benchmarks
 ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce explore page test bench lab clean
+.PHONY: help reproduce explore page test bench notebooks lab clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,10 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 
 bench: $(VENV)/.installed-bench ## Measure steps, memory, attacks beside their peers, the explorer, a reproduction: benchmarks/results/
 	$(BIN)/python benchmarks
+
+notebooks: $(VENV)/.installed ## Execute the committed notebooks in place, at their defaults
+	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
+		--ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
 
 lab: $(VENV)/.installed ## Open JupyterLab here
 	$(BIN)/jupyter-lab

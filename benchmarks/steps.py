@@ -1,9 +1,12 @@
 """What a training step costs: standard, KDIGA as the kit computes it, KDIGA in the textbook's formulation.
 
     python benchmarks/steps.py [--model mobilenet_v2] [--batch 32] [--rounds 9] [--scaling]
+    python benchmarks/steps.py --device cuda --precision bfloat16 --batch 512
 
 Student and teacher are the same net, as in self-distillation. The textbook formulation is the authors' scheme written
 plainly with PyTorch's own modules: one forward pass of each net for the loss terms and one more for its input gradient.
+The share of the ceiling is a step's arithmetic (convolutions and matrix products) a second over that of one large
+matrix product, measured on the spot.
 """
 
 import argparse
@@ -16,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from side_by_side import alternate, machine
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdiga_nb.losses import distillation_kl, gradient_distance
 from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
 from kdiga_nb.operators import BatchNorm2d, Conv2d
-from kdiga_nb.training import train_step
+from kdiga_nb.training import PRECISIONS, Autocast, computing, placed, train_step
 
 SHAPES = {"mobilenet_v2": (3, 32, 32), "preact_resnet18": (3, 32, 32), "wrn_28_10": (3, 32, 32)}
 SCALING = {
@@ -63,15 +67,30 @@ def plain(model: nn.Module) -> nn.Module:
     return copied
 
 
-def steps(model: str, batch: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Callables that each make one step."""
+@dataclass(frozen=True)
+class Where:
+    """Device and precision of a measurement."""
+
+    device: torch.device
+    precision: str
+
+
+CPU = Where(torch.device("cpu"), "float32")
+
+
+def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> dict[str, Any]:
+    """Callables that each make one step. (It ends with the terms' values, so a GPU has done its work.)"""
     torch.manual_seed(0)
     ours = build_model(model, num_classes=10, image_shape=shape)
-    x, y = torch.rand(batch, *shape), torch.randint(0, 10, (batch,))
+    x = torch.rand(batch, *shape).to(where.device)
+    y = torch.randint(0, 10, (batch,)).to(where.device)
 
     def step(net: nn.Module, method: Method) -> Any:
+        net = placed(net, where.device)
         teacher = copy.deepcopy(net).eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9)
+        optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9, fused=where.device.type == "cuda")
+        if where.precision == "bfloat16":
+            net, teacher = Autocast(net, where.device), Autocast(teacher, where.device)
         return lambda: train_step(net, teacher, method, optimizer, x, y)
 
     return {
@@ -82,12 +101,38 @@ def steps(model: str, batch: int, shape: tuple[int, int, int]) -> dict[str, Any]
     }
 
 
-def measure(model: str, batch: int, rounds: int, shape: tuple[int, int, int] | None = None) -> dict[str, Any]:
+def ceiling(where: Where) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    side = 8192 if where.device.type == "cuda" else 2048
+    kind = torch.bfloat16 if where.precision == "bfloat16" else torch.float32
+    a = torch.rand(side, side, device=where.device, dtype=kind)
+
+    def product() -> None:
+        (a @ a)[0, 0].item()
+
+    return 2 * side**3 / alternate({"product": product}, 5)["product"]["median"]
+
+
+def measure(
+    model: str, batch: int, rounds: int, shape: tuple[int, int, int] | None = None, where: Where = CPU
+) -> dict[str, Any]:
     """Seconds of each kind of step, and the ratios that matter."""
     shape = shape or SHAPES.get(model, (1, 8, 8))
-    seconds = alternate(steps(model, batch, shape), rounds)
+    ways = steps(model, batch, shape, where)
+    seconds = alternate(ways, rounds)
     median = {name: value["median"] for name, value in seconds.items()}
+    flops = {}
+    for name in ("standard", "kdiga"):
+        with FlopCounterMode(display=False) as counter:
+            ways[name]()
+        flops[name] = counter.get_total_flops()
+    top = ceiling(where)
     return {
+        "device": str(where.device),
+        "precision": where.precision,
+        "ceiling, TFLOP/s": top / 1e12,
+        "share of the ceiling": {name: flops[name] / median[name] / top for name in flops},
+        "arithmetic, kdiga / standard": flops["kdiga"] / flops["standard"],
         "model": model,
         "batch": batch,
         "shape": shape,
@@ -115,11 +160,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--scaling", action="store_true", help="also nets, batches and image sizes (minutes)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"machine": machine()}
-    result["step"] = measure(arguments.model, arguments.batch, arguments.rounds)
+    where = Where(torch.device(arguments.device), arguments.precision)
+    with computing(SHAPES.get(arguments.model, (1, 8, 8)), where.device):
+        result["step"] = measure(arguments.model, arguments.batch, arguments.rounds, where=where)
     if arguments.scaling:
         result["scaling"] = scaling(3)
     print(json.dumps(result, indent=1))
