@@ -110,7 +110,9 @@ def _linearity(
         base = cross_entropy(logits, y)
 
         def gap(delta: Tensor) -> Tensor:
-            return (cross_entropy(model(x + delta), y) - base - (delta * gradient).flatten(1).sum(1)).abs()
+            images, labels, value, slope = (_for_each_start(each, delta) for each in (x, y, base, gradient))
+            tangent = value + (delta * slope).flatten(1).sum(1)
+            return (cross_entropy(model(images + delta), labels) - tangent).abs()
 
         corner = epsilon * gradient.sign()
         best, _ = _largest(gap, [_random_start(x, epsilon), corner, -corner], epsilon, steps, step_size)
@@ -142,7 +144,8 @@ def _gap(
     with frozen(student), frozen(teacher):
 
         def gap(delta: Tensor) -> Tensor:
-            return (cross_entropy(student(x + delta), y) - cross_entropy(teacher(x + delta), y)).abs()
+            images, labels = _for_each_start(x, delta) + delta, _for_each_start(y, delta)
+            return (cross_entropy(student(images), labels) - cross_entropy(teacher(images), labels)).abs()
 
         g_student, _ = input_gradient(student, x, y)
         g_teacher, _ = input_gradient(teacher, x, y)
@@ -160,24 +163,30 @@ def _largest(
 ) -> tuple[Tensor, Tensor]:
     """Sign ascent on δ in the ball from each start: the largest value of each example on the way, and its δ."""
     step_size = epsilon / 10 if step_size is None else step_size
-    best = torch.full_like(starts[0].flatten(1)[:, 0], -1)
-    where = torch.zeros_like(starts[0])
+    delta = torch.cat(starts)  # all ascents at once: on few images the calls cost more than the arithmetic
+    best = torch.full_like(delta.flatten(1)[:, 0], -1)
+    where = torch.zeros_like(delta)
 
     def keep(value: Tensor, delta: Tensor) -> None:
         better = value > best
         best[better], where[better] = value[better], delta[better]
 
-    for delta in starts:
-        for _ in range(steps):
-            delta = delta.detach().requires_grad_()
-            with torch.enable_grad():
-                value = gap(delta)
-                (ascent,) = torch.autograd.grad(value.sum(), delta)
-            keep(value.detach(), delta.detach())
-            delta = (delta.detach() + step_size * ascent.sign()).clamp_(-epsilon, epsilon)
-        with torch.no_grad():
-            keep(gap(delta), delta)
-    return best, where
+    for _ in range(steps):
+        delta = delta.detach().requires_grad_()
+        with torch.enable_grad():
+            value = gap(delta)
+            (ascent,) = torch.autograd.grad(value.sum(), delta)
+        keep(value.detach(), delta.detach())
+        delta = (delta.detach() + step_size * ascent.sign()).clamp_(-epsilon, epsilon)
+    with torch.no_grad():
+        keep(gap(delta), delta)
+    best, chosen = best.view(len(starts), -1).max(dim=0)
+    return best, where.view(len(starts), *starts[0].shape)[chosen, torch.arange(len(chosen), device=chosen.device)]
+
+
+def _for_each_start(tensor: Tensor, delta: Tensor) -> Tensor:
+    """A tensor (B, …) repeated for the perturbations (k·B, C, H, W) of k starts."""
+    return tensor.repeat(len(delta) // len(tensor), *[1] * (tensor.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -601,8 +601,9 @@ def run_all(
     else:
         # spawn: a forked child would inherit torch's threads in whatever state they are.
         context = get_context("spawn")
-        number = context.Value("i", 0)
-        with ProcessPoolExecutor(min(workers, len(todo)), context, _begin_worker, (number,)) as pool:
+        processes = min(workers, len(todo))
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with ProcessPoolExecutor(processes, context, _begin_worker, (context.Value("i", 0), threads)) as pool:
             try:
                 _schedule(todo, pool, do, device, outcome, progress)
             except KeyboardInterrupt:
@@ -629,8 +630,9 @@ def _do_elsewhere(places: dict[str, str], job: Job, device: str | None) -> None:
     do(job, device)
 
 
-def _begin_worker(number: Any) -> None:
-    """In a worker: take the next GPU, and stop with the parent."""
+def _begin_worker(number: Any, threads: int) -> None:
+    """In a worker: take the next GPU and a share of the cores, and stop with the parent."""
+    torch.set_num_threads(threads)  # each process would take all cores, and they would wait for each other
     with number.get_lock():
         mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available():

@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9.5,
     "axes.labelsize": 9,
     "legend.fontsize": 8,
+    "text.hinting": "none",  # hinted glyphs take a tenth of the time that a picture may take
     "axes.spines.top": False,
 }
 STYLE |= {"axes.spines.right": False, "axes.titley": 1.02, "legend.frameon": False, "svg.hashsalt": "kdiga"}

@@ -8,6 +8,7 @@ image and its loss surface.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -276,15 +277,23 @@ def _pair(state: State, run: Run) -> tuple[nn.Module | None, nn.Module | None, s
     teacher = run.teacher if isinstance(run.teacher, Run) else reference
     name = "the TRADES teacher" if teacher == reference else "the loop before"
     shape = load_data(state.params.dataset).image_shape
-    nets = [still(found, shape) if (found := _at_hand(each)) else None for each in (run, teacher)]
-    return nets[0], nets[1], name
+    return _at_hand(run, shape), _at_hand(teacher, shape), name
 
 
-def _at_hand(source: runs.Source) -> nn.Module | None:
-    """The net, if it needs no training."""
-    if isinstance(source, Run):
-        return runs.load(source) if runs.is_finished(source) else None
-    return runs.load_or_train(source)
+def _at_hand(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
+    """The net to be evaluated, if it needs no training."""
+    if not isinstance(source, Run):
+        return _evaluated(source, shape, ())
+    if not runs.is_finished(source):
+        return None
+    files = [runs.folder(source) / name for name in ("run.json", "model.safetensors")]
+    return _evaluated(source, shape, tuple(file.stat().st_mtime_ns for file in files if file.exists()))
+
+
+@lru_cache(maxsize=16)
+def _evaluated(source: runs.Source, shape: tuple[int, int, int], written: tuple[int, ...]) -> nn.Module:
+    """Loaded and checked once, and again when its files were ``written`` anew."""
+    return still(runs.load(source) if isinstance(source, Run) else runs.load_or_train(source), shape)
 
 
 def _images(state: State, count: int) -> tuple[Tensor, Tensor]:
