@@ -14,6 +14,7 @@ BENCHMARKS = {
         f"memory_{kind}": ["step_memory.py", "--teacher", "mobilenet_v2", "--method", kind]
         for kind in ("st", "kdiga", "textbook")
     },
+    "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
     "explorer": ["explorer.py"],
     "reproduce": ["reproduce.py", "--scale", "smoke"],
