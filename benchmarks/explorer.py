@@ -1,67 +1,65 @@
-"""How long the explorer takes from a moved control to its picture: compute + draw + PNG, on points that the store has.
+"""How long a moved control of the explorer keeps the kernel busy, on points that the store has.
 
     python benchmarks/explorer.py [--scale digits] [--moves 40]
 
 prints JSON: for each view, and over all of them, the 50th and 95th percentile and the largest of ``moves`` moves, in
-milliseconds. Every move lands on another point or image, so nothing is served from a cache but the run store; the first
-move of a view, which pays for imports and file caches, is not counted.
+milliseconds. A move sets the value of a real ``Explorer``'s control and lasts until its handler returns: compute, draw,
+PNG, text, what the buttons offer, and the garbage collection after the picture. Every move lands on another point or
+image, so nothing is served from a cache but the run store and the nets that it holds ready; the first moves of a view,
+which pay for imports and file caches, are not counted.
 """
 
 import argparse
 import itertools
 import json
-import os
-import platform
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
+from side_by_side import machine
 
 from kdiga_nb import paths, runs
 from kdiga_nb.params import VIEWS, ExploreParams, read
 from kdiga_nb.runs import StoreError
-from kdiga_nb.widgets import State, compute, draw, image_bytes
+from kdiga_nb.widgets import Explorer, State
+
+WARM_UP = 3
+CONTROLS = {"lambda": "lambda_iga", "epsilon": "epsilon", "loops": "loop", "image": "image"}
 
 
-def moves(params: ExploreParams, view: str) -> Iterator[State]:
-    """States of a view whose nets are in the store, without end: the view's own control goes round, images change."""
-    start = State.start(params, view=view)
-    choices: dict[str, dict[str, Any]] = {
-        "lambda": {"lambda_iga": start.lambdas},
-        "epsilon": {"epsilon": np.linspace(0.02, 0.2, 10).round(3).tolist()},
-        "loops": {"loop": range(1, params.loops + 1)},
-        "image": {"epsilon": np.linspace(0.02, 0.2, 10).round(3).tolist()},
-    }
-    ((name, values),) = choices[view].items()
-    states = [State.start(params, view=view, **{name: value}) for value in values]
-    known = [state for state in states if runs.is_finished(state.row().runs[0])]
-    if not known:
-        raise StoreError(f"the store has no net for the view {view}; kdiga reproduce --only explore makes them")
-    for image, state in enumerate(itertools.cycle(known)):
-        yield state if view == "lambda" else replace(state, image=image % 100)
+def stops(explorer: Explorer, view: str) -> list[Any]:
+    """The values of the view's control at which its net is in the store."""
+    name = CONTROLS[view]
+    control = explorer.controls[name]
+    values = [value for _, value in control.options] if name in ("lambda_iga", "epsilon") else range(1, control.max + 1)
+    rows = {value: State.start(explorer.params, view=view, **{name: value}).row() for value in values}
+    known = [value for value, row in rows.items() if runs.is_finished(row.runs[0])]
+    if len(known) < 2:
+        raise StoreError(f"the store has no nets for the view {view}; kdiga reproduce --only explore makes them")
+    return known
 
 
 def measure(params: ExploreParams, count: int = 40) -> dict[str, Any]:
     """Latencies in milliseconds, by view and over all views."""
+    explorer = Explorer(params)
     latencies: dict[str, list[float]] = {}
     for view in VIEWS:
-        states = moves(params, view)
-        image_bytes(draw(compute(next(states))))
-        for state in itertools.islice(states, count):
+        explorer.controls["view"].value = view
+        control, values = explorer.controls[CONTROLS[view]], itertools.cycle(stops(explorer, view))
+        for move, value in enumerate(itertools.islice(values, count + WARM_UP)):
             started = time.perf_counter()
-            image_bytes(draw(compute(state)))
-            latencies.setdefault(view, []).append(1000 * (time.perf_counter() - started))
+            control.value = value
+            if move >= WARM_UP:
+                latencies.setdefault(view, []).append(1000 * (time.perf_counter() - started))
+        control.value = getattr(State.start(params), CONTROLS[view])
     everything = [value for values in latencies.values() for value in values]
     return {
-        "what": "compute + draw + PNG of a point in the store, milliseconds",
+        "what": "a move of a control on a point in the store, until its handler returns, milliseconds",
         "scale": params.scale,
         "moves": count,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "views": {view: _summary(values) for view, values in latencies.items()},
         "all": _summary(everything),
+        "machine": machine(),
     }
 
 

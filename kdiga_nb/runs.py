@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,16 @@ class Run:
     head_dropout: float = 0.0
     teacher: "Run | Checkpoint | None" = None
     init: "Run | Checkpoint | None" = None
+
+    def __hash__(self) -> int:
+        """Of all fields, taken once: a run hashes its ancestors, and a chain of loops is asked for at every turn."""
+        if "hash" not in self.__dict__:
+            self.__dict__["hash"] = hash(tuple(getattr(self, item.name) for item in fields(self)))
+        return self.__dict__["hash"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: another process hashes strings differently."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 Source = Run | Checkpoint
@@ -340,16 +350,24 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _measures(run: Source) -> dict[str, Any]:
+    path = folder(run) / "measures.json"
     try:
-        measures = json.loads((folder(run) / "measures.json").read_text())
-        if not isinstance(measures, dict):
-            raise ValueError("not a mapping")
-        return measures
+        written = path.stat()
+        return _read_measures(path, written.st_ino, written.st_mtime_ns, written.st_size)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError:
         log.warning("run %s: measures.json is damaged; measuring again", run_key(run))
         return {}
+
+
+@lru_cache(maxsize=256)
+def _read_measures(path: Path, *written: int) -> dict[str, Any]:
+    """Parsed once and again when it is ``written`` anew: a row asks for each of its cells. Not to be changed."""
+    measures = json.loads(path.read_text())
+    if not isinstance(measures, dict):
+        raise ValueError("not a mapping")
+    return measures
 
 
 def _content(tensors: dict[str, torch.Tensor]) -> str:

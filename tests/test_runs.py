@@ -223,6 +223,17 @@ def test_a_key_is_the_same_in_another_process_and_place(tmp_path: Path):
     assert done.stdout.split() == [run_key(RICH_RUN), run_key(QUICK_RUN)]
 
 
+def test_a_hash_does_not_travel_to_another_process():
+    hash(RICH_RUN)
+    there = pickle.loads(pickle.dumps(RICH_RUN))
+    assert there == RICH_RUN
+    assert hash(there) == hash(RICH_RUN)
+    program = f"import pickle; print(hash(pickle.loads({pickle.dumps(RICH_RUN)!r})) == {hash(RICH_RUN)})"
+    env = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(paths.ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 def test_a_checkpoint_enters_by_its_content():
     here, there = (Checkpoint(path, "a" * 64, "safetensors", "digits_small:digits") for path in ("here.pt", "there.pt"))
     assert run_key(here) == run_key(there)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from kdiga_nb import metrics, paths, runs
 from kdiga_nb.artifacts import Point, explore, explored, table1, table4
@@ -22,7 +23,7 @@ from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.methods import KD, KDIGA
 from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4Params, read
 from kdiga_nb.runs import Job, Run, StoreError, ancestors, is_finished
-from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, table, words
+from kdiga_nb.widgets import Explorer, State, compute, draw, drawing, image_bytes, table, words
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
 from kdiga_nb.widgets.views import SURFACE, Loops, OneImage, TradeOff, UnderAttack
@@ -183,6 +184,36 @@ def overhang(figure: Figure) -> float:
     image_bytes(figure)
     drawn = figure.get_tightbbox()
     return max(-drawn.x0, -drawn.y0, drawn.x1 - SIZE[0], drawn.y1 - SIZE[1])
+
+
+@pytest.mark.parametrize(
+    ("scale", "low", "high"), [("linear", -0.2, 0.2), ("linear", 0, 103), ("linear", 7, 7.004), ("log", 0.02, 30)]
+)
+def test_ticks_stand_and_read_as_matplotlib_would_set_them(scale: str, low: float, high: float):
+    def figure() -> Figure:
+        made = Figure(SIZE)
+        axes = made.subplots()
+        axes.set(xscale=scale, yscale=scale, xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)) if scale == "log" else MaxNLocator(5))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        return made
+
+    theirs, ours = figure(), figure()
+    drawing._set_ticks(ours.axes[0], grid=True)
+    for made in (theirs, ours):
+        made.canvas.draw()
+    axes = theirs.axes[0]
+    along = [(label, label.get_position()[0]) for label in axes.get_xticklabels()]
+    along += [(label, label.get_position()[1]) for label in axes.get_yticklabels()]
+    expected = [label for label, value in along if low <= value <= high]
+    found = ours.axes[0].texts
+    assert len(found) >= 6
+    assert [text.get_text() for text in found] == [label.get_text() for label in expected]
+    for text, label in zip(found, expected, strict=True):
+        box, matplotlibs = (part.get_window_extent().get_points() for part in (text, label))
+        np.testing.assert_allclose(box, matplotlibs, atol=0.5)  # pixels
 
 
 @each_view

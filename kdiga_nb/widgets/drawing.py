@@ -1,9 +1,10 @@
 """``draw(data) -> Figure``: one figure a view, all of one size, so that nothing jumps when the controls move.
 
-Figures are made without pyplot: nothing stays open, and a draw touches no global state. Layout is by hand, and titles
-have a fixed height: a constrained layout takes several times longer, and a slider is moved many times."""
+Figures are made without pyplot: nothing stays open, and a draw touches no global state. A slider is moved many times,
+so what takes matplotlib long is done by hand: the layout, the height of titles, and the ticks (``_set_ticks``)."""
 
 import io
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,15 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpecFromSubplotSpec
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import AutoLocator, FixedFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from kdiga_nb.metrics import Accuracy
@@ -48,13 +52,25 @@ STYLE: dict[Any, Any] = {
 STYLE |= {"axes.spines.right": False, "axes.titley": 1.02, "legend.frameon": False, "svg.hashsalt": "kdiga"}
 METRICS = {"clean": (PALETTE[0], "o"), "pgd": (PALETTE[1], "s"), "autoattack": (PALETTE[2], "^")}
 GREY = "0.45"
+TICK = 3.5  # points; matplotlib's markers 3 and 0 are ticks down and to the left
+
+
+class _Canvas(FigureCanvasAgg):
+    """Figures of one size share a renderer in each thread, which remembers how large the texts are."""
+
+    _own = threading.local()
+
+    def get_renderer(self) -> RendererAgg:
+        if not hasattr(self._own, "renderer"):
+            self._own.renderer = super().get_renderer()
+        return self._own.renderer
 
 
 def draw(data: Data) -> Figure:
     """The figure of a view's data."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(SIZE, dpi=DPI)
-        FigureCanvasAgg(figure)
+        _Canvas(figure)
         match data:
             case TradeOff():
                 _draw_trade_off(figure, data)
@@ -88,27 +104,65 @@ def _series(axes: Axes, nets: Sequence[tuple[float, Net]], metric: str, **style:
     if not points:
         return
     color, marker = METRICS["pgd" if metric.startswith("pgd") else metric]
-    style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.3, "capsize": 2} | style
+    style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.3} | style
     _errorbar(axes, [x for x, _ in points], [accuracy for _, accuracy in points], **style)
 
 
 def _errorbar(axes: Axes, x: Sequence[float], values: Sequence[Accuracy], **style: Any) -> None:
-    percents = [value.percent for value in values]
-    errors = [[value.percent - value.low for value in values], [value.high - value.percent for value in values]]
-    axes.errorbar(x, percents, yerr=np.maximum(errors, 0), elinewidth=0.8, **style)
+    axes.plot(x, [value.percent for value in values], **style)
+    bars = [[(at, value.low), (at, value.high)] for at, value in zip(x, values, strict=True)]
+    axes.add_collection(LineCollection(bars, colors=style["color"], linewidths=0.8))
 
 
-def _plain(axes: Axes) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    _fix_labels(axes)
+def _set_ticks(axes: Axes, grid: bool = False, left: float = 0.38) -> None:
+    """Ticks where the axes' locators want them: marks and grid are a line each, labels plain texts.
+
+    matplotlib's own tick is an object of five artists that is made and measured anew for every picture; three axes
+    spend more time on their ticks than on all else. For the same reason axis labels stand at fixed distances. To be
+    called when the axes' limits are final; ``left`` is the y label's distance in inches.
+    """
+    inches = axes.figure.dpi_scale_trans
+    axes.xaxis.set_label_coords(0.5, 0, axes.transAxes + ScaledTranslation(0, -0.3, inches))
+    axes.yaxis.set_label_coords(0, 0.5, axes.transAxes + ScaledTranslation(-left, 0, inches))
+    marks: dict[str, Any] = {"linestyle": "none", "color": "black", "markersize": TICK, "markeredgewidth": 0.8}
+    lines: dict[str, Any] = {"color": "0.9", "linewidth": 0.6, "zorder": 0.5}
+    pad = 2 * TICK / 72
+    if ticks := _take_ticks(axes.xaxis):
+        places, along = list(ticks), axes.get_xaxis_transform()
+        axes.add_artist(Line2D(places, [0] * len(ticks), transform=along, marker=3, clip_on=False, **marks))
+        if grid:
+            ends = np.tile((0, 1, np.nan), len(ticks))
+            axes.add_artist(Line2D(np.repeat(places, 3), ends, transform=along, **lines))
+        away = along + ScaledTranslation(0, -pad, inches)
+        for place, text in ticks.items():
+            axes.text(place, 0, text, transform=away, ha="center", va="top")
+    if ticks := _take_ticks(axes.yaxis):
+        places, along = list(ticks), axes.get_yaxis_transform()
+        axes.add_artist(Line2D([0] * len(ticks), places, transform=along, marker=0, clip_on=False, **marks))
+        if grid:
+            ends = np.tile((0, 1, np.nan), len(ticks))
+            axes.add_artist(Line2D(ends, np.repeat(places, 3), transform=along, **lines))
+        away = along + ScaledTranslation(-pad, 0, inches)
+        for place, text in ticks.items():
+            axes.text(0, place, text, transform=away, ha="right", va="center_baseline")
 
 
-def _fix_labels(axes: Axes, left: float = 0.38, below: float = 0.3) -> None:
-    """Axis labels at fixed distances, in inches: else matplotlib measures every tick label once more to place them."""
-    scale = axes.figure.dpi_scale_trans
-    axes.xaxis.set_label_coords(0.5, 0, axes.transAxes + ScaledTranslation(0, -below, scale))
-    axes.yaxis.set_label_coords(0, 0.5, axes.transAxes + ScaledTranslation(-left, 0, scale))
+def _take_ticks(axis: Axis) -> dict[float, str]:
+    """The axis' ticks within its limits and their labels; the axis itself has none from now on."""
+    if isinstance(axis.get_major_locator(), AutoLocator):
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    low, high = sorted(axis.get_view_interval())
+    places = [float(place) for place in axis.get_majorticklocs()]
+    texts = axis.get_major_formatter().format_ticks(places)
+    axis.set_major_locator(NullLocator())
+    axis.set_minor_locator(NullLocator())
+    return {place: text for place, text in zip(places, texts, strict=True) if low <= place <= high}
+
+
+def _name_ticks(axis: Axis, names: dict[float, str]) -> None:
+    """Ticks at given places, by name."""
+    axis.set_major_locator(FixedLocator(list(names)))
+    axis.set_major_formatter(FixedFormatter(list(names.values())))
 
 
 def _note(axes: Axes, text: str) -> None:
@@ -145,14 +199,13 @@ def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
     left.plot(untrained, np.zeros(len(untrained)), "|", color=GREY)
     left.set_xscale("log")
     ticks = {smallest / 4: "0"} | {x: f"{x:g}" for x in (0.125, 1.0, 8.0, 64.0)}
-    left.set_xticks(list(ticks), list(ticks.values()))
-    left.set_xticks([], minor=True)
+    _name_ticks(left.xaxis, ticks)
     left.set(ylim=(0, 103), xlim=(smallest / 6, max(weights) * 1.5))
     left.set(xlabel="λ_IGA (0: KD; short grey lines: not trained)", ylabel="accuracy (%)")
     left.set_title(f"Accuracy over λ_IGA, ε = {radius_text(epsilon)}")
     if any(found.accuracies for found in data.nets):
         left.legend(loc="lower right")
-    _plain(left)
+    _set_ticks(left, grid=True)
     _draw_plane(middle, data, pgd)
     _draw_curves(right, data)
 
@@ -164,7 +217,7 @@ def _draw_plane(axes: Axes, data: TradeOff, pgd: str) -> None:
         axes.plot(*zip(*both, strict=True), "-o", color=PALETTE[1], markersize=4.5, linewidth=1)
         for (x, y), found in zip(both, known, strict=True):
             label = f"{found.point.lambda_iga:g}"
-            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", color=GREY, fontsize=8)
+            axes.annotate(label, (x, y), (7, 5), textcoords="offset points", color=GREY, fontsize=8)
     if data.chosen in known:
         x, y = both[known.index(data.chosen)]
         axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=PALETTE[4], markeredgewidth=2.2)
@@ -175,7 +228,7 @@ def _draw_plane(axes: Axes, data: TradeOff, pgd: str) -> None:
     axes.margins(0.12)
     axes.set(xlabel="clean accuracy (%)", ylabel=f"accuracy under {pretty(pgd)} (%)")
     axes.set_title("The trade-off; labels are λ_IGA")
-    _plain(axes)
+    _set_ticks(axes, grid=True)
 
 
 TERMS = {
@@ -195,12 +248,12 @@ def _draw_curves(axes: Axes, data: TradeOff) -> None:
         if name in data.curves:
             axes.plot(data.curves["epoch"], data.curves[name], ".-", color=PALETTE[index], label=label, linewidth=1.3)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter("{x:g}")  # plain numbers: the default sets powers of ten as formulas, slowly
-    axes.set_yticks([], minor=True)
     axes.set(xlabel="epoch", ylabel="weighted term, mean over the epoch (nats)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend()
-    _plain(axes)
+    _set_ticks(axes, grid=True)
 
 
 # ---- ε ----
@@ -219,10 +272,9 @@ def _draw_under_attack(figure: Figure, data: UnderAttack) -> None:
     panels = {"student": data.gallery.student, data.gallery.teacher_name: data.gallery.teacher}
     for row, (title, probabilities) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[row, 2])
-        _draw_probabilities(axes, probabilities, data.gallery.labels[0])
+        _draw_probabilities(axes, probabilities, f"class (label: {data.gallery.labels[0]})" if row else "")
         axes.set_title(f"{title.removeprefix('the ')}, image {data.state.image}")
         if row == 0:
-            axes.set_xlabel("")
             axes.legend(loc="upper right", handlelength=1)
 
 
@@ -240,14 +292,14 @@ def _draw_epsilon(axes: Axes, data: UnderAttack) -> None:
         if known:
             radii, accuracies = zip(*known, strict=True)
             label = f"{found.label} (chosen)" if found is data.chosen else found.label
-            _errorbar(axes, radii, accuracies, color=color, marker=".", linewidth=width, capsize=2, label=label)
+            _errorbar(axes, radii, accuracies, color=color, marker=".", linewidth=width, label=label)
         if "autoattack" in found.accuracies:
-            _errorbar(axes, [epsilon], [found.accuracies["autoattack"]], color=color, marker="^", capsize=2)
+            _errorbar(axes, [epsilon], [found.accuracies["autoattack"]], color=color, marker="^")
     axes.set(xlabel="ε (pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 103))
     axes.set_title(f"{pretty(pgd)} against ε (triangles: AutoAttack)")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", fontsize=7.5)
-    _plain(axes)
+    _set_ticks(axes, grid=True)
 
 
 def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
@@ -265,28 +317,35 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
             top, left = line * (height + gap), column * (width + gap)
             canvas[top : top + height, left : left + width] = image
     axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
-    names = ["clean", f"change\n× {scale:.3g}", "attacked"]
-    axes.set_yticks([(line + 0.5) * height + line * gap - 0.5 for line in range(3)], names)
-    centres = [(column + 0.5) * width + column * gap - 0.5 for column in range(count)]
-    after = zip(gallery.guesses, gallery.guesses_attacked, gallery.labels, strict=True)
-    axes.set_xticks(centres, [f"{a} → {b}" for a, b, _ in after])
-    for tick, guess, label in zip(axes.get_xticklabels(), gallery.guesses_attacked, gallery.labels, strict=True):
-        tick.set_color("black" if guess == label else PALETTE[3])
-        tick.set_fontweight("normal" if guess == label else "bold")
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    _bare(axes)
+    for line, name in enumerate(("clean", f"change\n× {scale:.3g}", "attacked")):
+        middle = (line + 0.5) * height + line * gap - 0.5
+        axes.annotate(name, (-0.5, middle), (-5, 0), textcoords="offset points", ha="right", va="center")
+    guesses = zip(gallery.guesses, gallery.guesses_attacked, gallery.labels, strict=True)
+    for column, (before, after, label) in enumerate(guesses):
+        place = (column + 0.5) * width + column * gap - 0.5, len(canvas) - 0.5
+        wrong: dict[str, Any] = {} if after == label else {"color": PALETTE[3], "fontweight": "bold"}
+        text = f"{before} → {after}"
+        axes.annotate(text, place, (0, -5), textcoords="offset points", ha="center", va="top", **wrong)
     axes.set_title(f"{pretty(_pgd(data))} on the student, now, at ε = {radius_text(data.state.epsilon)}")
-    axes.set_xlabel("prediction, clean → attacked (bold: wrong)")
+    text = "prediction, clean → attacked (bold: wrong)"
+    below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+    axes.annotate(text, (0.5, 0), (0, -20), **below)
 
 
-def _draw_probabilities(axes: Axes, probabilities: Array, label: int) -> None:
-    classes = np.arange(probabilities.shape[1])
+def _draw_probabilities(axes: Axes, probabilities: Array, label: str) -> None:
+    """Bars by class; the classes are numbered where the axis has a label."""
+    count = probabilities.shape[1]
     for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
-        axes.bar(classes + 0.4 * offset - 0.2, values, 0.4, color=PALETTE[offset], label=name)
-    axes.set(ylim=(0, 1.05), xlabel=f"class (label: {label})", ylabel="probability", yticks=(0, 0.5, 1))
-    if len(classes) <= 20:
-        axes.set_xticks(classes)
+        left = np.arange(count) + 0.4 * (offset - 1)
+        corners = [(left, 0 * values), (left, values), (left + 0.4, values), (left + 0.4, 0 * values)]
+        bars = PolyCollection(list(np.array(corners).transpose(2, 0, 1)), facecolor=PALETTE[offset], label=name)
+        axes.add_collection(bars, autolim=False)
+    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability")
+    _name_ticks(axes.yaxis, {0.0: "0.0", 0.5: "0.5", 1.0: "1.0"})
+    if count <= 20:
+        _name_ticks(axes.xaxis, {float(number): str(number) if label else "" for number in range(count)})
+    _set_ticks(axes)
 
 
 # ---- loops ----
@@ -300,9 +359,8 @@ def _draw_loops(figure: Figure, data: Loops) -> None:
     for axes in (accuracy, llm):
         axes.axvline(data.state.loop, color=PALETTE[4], linewidth=5, alpha=0.35)
         axes.set_xlabel("loop (0: standard training)" if data.state.chain == "isd_wot" else "loop")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlim(-0.3, max(found.point.loop for found in data.chains[True]) + 0.3)
-        _plain(axes)
     for dropout, nets in data.chains.items():
         places = [(float(found.point.loop), found) for found in nets]
         style: dict[str, Any] = {"linestyle": "-"} if dropout else {"linestyle": ":", "markerfacecolor": "white"}
@@ -311,8 +369,9 @@ def _draw_loops(figure: Figure, data: Loops) -> None:
         measured = [(place, *found.llm) for place, found in places if found.llm is not None]
         if measured:
             place, mean, error = (np.array(column) for column in zip(*measured, strict=True))
-            style |= {"color": PALETTE[7], "marker": "o", "markersize": 4.5, "capsize": 2}
-            llm.errorbar(place, mean, yerr=1.96 * error, label="with head dropout" if dropout else "without", **style)
+            style |= {"color": PALETTE[7], "marker": "o", "markersize": 4.5}
+            llm.plot(place, mean, label="with head dropout" if dropout else "without", **style)
+            llm.vlines(place, mean - 1.96 * error, mean + 1.96 * error, PALETTE[7], linewidth=0.8)
     accuracy.set(ylim=(0, 103), ylabel="accuracy (%)")
     accuracy.set_title(f"{_chain_name(data)}, ε = {data.state.params.radius} (dotted: no dropout)")
     if accuracy.get_legend_handles_labels()[0]:
@@ -321,7 +380,9 @@ def _draw_loops(figure: Figure, data: Loops) -> None:
     llm.set_ylabel(f"LLM (nats, mean of {data.state.params.llm_images} images)")
     llm.set_title("Local linearity (0: linear in the ball)")
     if llm.get_legend_handles_labels()[0]:
-        llm.legend()
+        llm.legend(loc="upper left")
+    for axes in (accuracy, llm):
+        _set_ticks(axes, grid=True)
     _draw_maps(figure, grid[2], data)
 
 
@@ -351,11 +412,10 @@ def _draw_maps(figure: Figure, place: Any, data: Loops) -> None:
             axes.imshow(picture, cmap="RdBu_r", vmin=-largest, vmax=largest)
         axes.set_title(title, fontsize=8.5)
         _bare(axes)
-    axes = figure.add_subplot(panels[0, 1])
-    _bare(axes)
     text = f"cosine of the two\ninput gradients:\n{maps.cosine:.3f} here,\n{maps.mean_cosine:.3f} in the mean\n"
     text += f"of {maps.images} images\n\nred: a brighter pixel\nraises the loss"
-    axes.text(0.02, 0.98, text, va="top", transform=axes.transAxes, fontsize=8.5)
+    corner = panels[0, 1].get_position(figure)
+    figure.text(corner.x0 + 0.01, corner.y1, text, va="top", fontsize=8.5)
 
 
 # ---- one image ----
@@ -367,7 +427,7 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
         _note(axes, "The chosen net or its teacher is not in the store.")
         _bare(axes)
         return
-    figure.subplots_adjust(left=0.012, right=0.915, bottom=0.115, top=0.87)
+    figure.subplots_adjust(left=0.012, right=0.925, bottom=0.115, top=0.87)
     grid = figure.add_gridspec(1, 5, width_ratios=(0.55, 0.8, 0.12, 1.2, 1.2), wspace=0.24)
     picture = figure.add_subplot(grid[0])
     picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
@@ -377,14 +437,20 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
     highest = max(float(surface.loss.max()) for surface in data.surfaces)
     student, teacher = data.surfaces
     left, right = figure.add_subplot(grid[3]), figure.add_subplot(grid[4])
-    mesh = _draw_surface(left, student, data.state.epsilon, highest)
+    _draw_surface(left, student, data.state.epsilon, highest)
     _draw_surface(right, teacher, data.state.epsilon, highest)
     left.set_title(data.chosen.label)
     left.set_ylabel("along a random sign pattern (pixels)")
     right.set_title(data.teacher_name.removeprefix("the "))
-    right.set_yticklabels([])
-    colorbar = figure.colorbar(mesh, cax=figure.add_axes((0.932, 0.185, 0.012, 0.615)))
-    colorbar.set_label("cross-entropy (nats)")
+    right.yaxis.set_major_locator(NullLocator())
+    for axes in (left, right):
+        _set_ticks(axes, left=0.46)
+    scale = figure.add_axes((0.978, 0.185, 0.012, 0.615))
+    place: dict[str, Any] = {"origin": "lower", "extent": (0, 1, 0, highest or 1)}
+    scale.imshow(np.linspace(0, 1, 256)[:, None], cmap="cividis", aspect="auto", **place)
+    scale.set_ylabel("cross-entropy (nats)")
+    scale.xaxis.set_major_locator(NullLocator())
+    _set_ticks(scale)
 
 
 def _draw_bound(axes: Axes, data: OneImage) -> None:
@@ -393,23 +459,24 @@ def _draw_bound(axes: Axes, data: OneImage) -> None:
         axes.bar(0, value, 0.6, bottom=base, color=PALETTE[index], label=name)
         base += value
     axes.bar(1, data.gap, 0.6, color=GREY)
-    axes.set_xticks([0, 1], [f"bound\n{base:.3g}", f"measured gap\n{data.gap:.3g}"])
+    _name_ticks(axes.xaxis, {0.0: f"bound\n{base:.3g}", 1.0: f"measured gap\n{data.gap:.3g}"})
     axes.set_ylabel("nats")
     axes.set_ylim(0, max(base, data.gap) * 1.42 or 1)
     axes.legend(loc="upper left", ncols=1, fontsize=7.5, handlelength=1.2, labelspacing=0.3, reverse=True)
     axes.set_title(f"Proposition 2, ε = {radius_text(data.state.epsilon)}")
+    _set_ticks(axes)
 
 
-def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) -> Any:
+def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) -> None:
     reach = float(surface.axis[-1])
     place: dict[str, Any] = {"origin": "lower", "extent": (-reach, reach, -reach, reach)}
-    mesh = axes.imshow(surface.loss, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="bilinear", **place)
-    wrong = np.where(surface.correct, np.nan, 1.0)
-    axes.imshow(wrong, cmap=ListedColormap([PALETTE[3]]), alpha=0.35, interpolation="nearest", **place)
+    axes.imshow(surface.loss, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="bilinear", **place)
+    if not surface.correct.all():
+        wrong = np.where(surface.correct, np.nan, 1.0)
+        axes.imshow(wrong, cmap=ListedColormap([PALETTE[3]]), alpha=0.35, interpolation="nearest", **place)
     axes.add_patch(Rectangle((-epsilon, -epsilon), 2 * epsilon, 2 * epsilon, fill=False, linestyle="--", edgecolor="w"))
     axes.plot(0, 0, "+", color="white", markersize=8)
     axes.set_xlabel("along the student's gradient sign")
-    return mesh
 
 
 # ---- as a table ----

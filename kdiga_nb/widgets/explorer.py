@@ -4,6 +4,7 @@ Moving a control reads the store and redraws; it never trains. Training sits beh
 """
 
 import base64
+import gc
 import html
 import logging
 import threading
@@ -250,6 +251,8 @@ class Explorer:
             self._mark_stale(False)
             self._text(shown)
             self._offer()
+        # matplotlib leaves cycles behind: collected now, when the picture is out, and not in the midst of a later one.
+        gc.collect()
 
     def _arrange(self) -> None:
         """Show the view's controls, and grey out those that the chosen method does not have."""
