@@ -107,7 +107,7 @@ def main() -> None:
     result = {
         "machine": machine(),
         "pgd": pgd(model, x, y, arguments.rounds),
-        "autoattack": autoattack(model, x[:100], y[:100], 2),
+        "autoattack": autoattack(model, x[:200], y[:200], 3),
     }
     print(json.dumps(result, indent=1))
 

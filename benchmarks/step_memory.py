@@ -2,13 +2,16 @@
 
     python benchmarks/step_memory.py [--model mobilenet_v2] [--teacher wrn_34_10] [--batch 128] [--method kdiga]
 
-On a GPU: the allocator's peak. On a CPU: by how much the process grew while it took two steps (its resident peak).
+prints JSON. On a GPU: the allocator's peak. On a CPU: by how much the process grew while it took two steps (its
+resident peak).
 """
 
 import argparse
+import json
 import resource
 
 import torch
+from side_by_side import machine
 from steps import Textbook, plain
 
 from kdiga_nb.methods import KDIGA, ST
@@ -44,9 +47,8 @@ def main() -> None:
     for _ in range(2):
         train_step(student, teacher, METHODS[options.method], optimizer, x, y)
     grown = _peak(device) - before
-    print(
-        f"{options.method} {options.model}, teacher {options.teacher}, batch {options.batch}, {device}: {grown:.2f} GB"
-    )
+    values = {name: getattr(options, name) for name in ("method", "model", "teacher", "batch", "side")}
+    print(json.dumps({**values, "device": str(device), "peak_gb": round(grown, 3), "machine": machine()}, indent=1))
 
 
 def _peak(device: torch.device) -> float:

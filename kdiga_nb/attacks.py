@@ -21,12 +21,13 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -63,18 +64,70 @@ def is_out_of_memory(error: BaseException) -> bool:
 Results = tuple[Tensor, ...]
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that a tensor on the device could take now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available
+
+
+def batch_that_fits(models: Sequence[nn.Module], x: Tensor, wanted: int, *, copies: int = 1) -> int:
+    """How many of ``wanted`` images (B, C, H, W) may be in one batch while the nets' input gradients are taken.
+
+    What autograd keeps for an image is counted on the spot, and may take a third of the free memory: the gradients on
+    the way back take about as much again, and other processes want some. On a CPU this has to be known beforehand: a
+    process that takes too much is ended by the system without a word.
+
+    Args:
+        copies: how often an image enters the batch.
+    """
+    wanted = min(wanted, len(x))
+    if wanted <= 1:
+        return 1
+    kept = _kept_for_backward(models, x[:2]) - _kept_for_backward(models, x[:1])  # without weights, which come once
+    fitting = free_memory(x.device) // (3 * copies * kept) if kept else wanted
+    if fitting >= wanted:
+        return wanted
+    log.info("memory holds batches of %d images (of %d)", max(fitting, 1), wanted)
+    return max(fitting, 1)
+
+
+def _kept_for_backward(models: Sequence[nn.Module], x: Tensor) -> int:
+    """Bytes that autograd keeps from the nets' forward passes on x until the way back."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    devices = [x.device] if x.device.type == "cuda" else []
+    with ExitStack() as stack, torch.random.fork_rng(devices), torch.enable_grad():
+        for model in models:
+            stack.enter_context(frozen(model))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            graphs = [model(x.detach().clone().requires_grad_()) for model in models]
+    del graphs  # alive until here, so that no address stands for two tensors
+    return sum(kept.values())
+
+
 def in_batches(
     work: Callable[..., Results],
     tensors: tuple[Tensor, ...],
     batch_size: int,
     *,
+    models: Sequence[nn.Module] = (),
+    copies: int = 1,
     generator: torch.Generator | None = None,
 ) -> Results:
     """``work`` on tensors (B, …) batch by batch, its results (B, …) joined.
 
-    A batch that does not fit into memory is halved, and so are those after it, down to a single image; ``generator``
-    is then set back to where the batch began.
+    Batches are no larger than what ``batch_that_fits`` says of ``models``. One that does not fit all the same is
+    halved, and so are those after it, down to a single image; ``generator`` is then set back to where the batch began.
     """
+    if models:
+        batch_size = batch_that_fits(models, tensors[0], batch_size, copies=copies)
     parts: list[Results] = []
     done, total = 0, len(tensors[0])
     while not parts or done < total:
@@ -327,10 +380,10 @@ class AutoAttack:
     def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """(B,) mask of the images that are classified correctly."""
         with torch.no_grad():
-            return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size)[0]
+            return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size, models=[model])[0]
 
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
-        """``_attack`` by the largest batches that fit: halved from ``batch_size`` until they do."""
+        """``_attack`` by the largest batches up to ``batch_size`` that fit."""
         flags: list[str] = []
 
         def work(x: Tensor, y: Tensor) -> tuple[Tensor]:
@@ -338,7 +391,7 @@ class AutoAttack:
             flags.extend(found)
             return (adversarial,)
 
-        return in_batches(work, (x, y), self.batch_size)[0], flags
+        return in_batches(work, (x, y), self.batch_size, models=[model])[0], flags
 
     def _attack(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
         """One member through the library, its side effects contained: tracer, generators and logger as before."""

@@ -199,7 +199,7 @@ def _attacked(attack: Attacking, model: nn.Module, x: Tensor, y: Tensor) -> Tens
     def work(x: Tensor, y: Tensor) -> Results:
         return (attack(model, x, y, generator=generator),)
 
-    return in_batches(work, (x, y), BATCH_SIZE, generator=generator)[0]
+    return in_batches(work, (x, y), BATCH_SIZE, models=[model], generator=generator)[0]
 
 
 def _survivors(model: nn.Module, x_adv: Tensor, y: Tensor) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.operators import still
 
 EVALUATION_SEED = 0
-BATCH_SIZE = 500  # images at a time; where they do not fit, half as many
+BATCH_SIZE = 500  # images at a time, fewer where memory does not hold them
+STARTS = 3  # of a search for a largest value, in one batch
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def accuracy(
             return (model(x).argmax(1) == y,)
 
     with frozen(model):
-        (correct,) = in_batches(right, (images, labels), batch_size, generator=generator)
+        (correct,) = in_batches(right, (images, labels), batch_size, models=[model], generator=generator)
     return proportion(int(correct.sum()), len(labels))
 
 
@@ -91,7 +92,7 @@ def local_linearity(
     def work(x: Tensor, y: Tensor) -> Results:
         return (_linearity(model, x, y, epsilon, steps, step_size, []),)
 
-    return in_batches(work, (x, y), BATCH_SIZE)[0]
+    return in_batches(work, (x, y), BATCH_SIZE, models=[model], copies=STARTS)[0]
 
 
 def _linearity(
@@ -133,7 +134,7 @@ def measured_gap(
     def work(x: Tensor, y: Tensor) -> Results:
         return _gap(student, teacher, x, y, epsilon, steps)
 
-    return in_batches(work, (x, y), BATCH_SIZE)[0]
+    return in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)[0]
 
 
 def _gap(
@@ -247,7 +248,8 @@ def bound_terms(
     def work(x: Tensor, y: Tensor) -> Results:
         return _bound_terms(student, teacher, x, y, epsilon, norm, steps, [])
 
-    return BoundTerms(*in_batches(work, (x, y), BATCH_SIZE), epsilon=epsilon)
+    found = in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)
+    return BoundTerms(*found, epsilon=epsilon)
 
 
 def _bound_terms(
@@ -283,7 +285,7 @@ def gap_and_bound(
         gap, found = _gap(student, teacher, x, y, epsilon, steps)
         return gap, *_bound_terms(student, teacher, x, y, epsilon, "l1", steps, [found])
 
-    gap, *terms = in_batches(work, (x, y), BATCH_SIZE)
+    gap, *terms = in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)
     return gap, BoundTerms(*terms, epsilon=epsilon)
 
 

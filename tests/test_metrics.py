@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import FGSM, PGD, AutoAttack
+from kdiga_nb import attacks
+from kdiga_nb.attacks import FGSM, PGD, AutoAttack, batch_that_fits, in_batches
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy
 from kdiga_nb.metrics import (
@@ -126,6 +127,74 @@ def test_an_evaluation_short_of_memory_takes_smaller_batches() -> None:
     assert found["short"].stdout == found["ample"].stdout and "n=3000" in found["short"].stdout
     assert "out of memory: going on with batches of 1500 images" in found["short"].stderr
     assert found["ample"].stderr == ""
+
+
+def counted_net() -> nn.Module:
+    """What it keeps of an 8x8 image: the image (256 bytes) and what leaves the ReLU (1,024), once for two users."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10)).eval()
+
+
+@pytest.mark.parametrize(
+    ("free", "nets", "copies", "fits"),
+    [
+        (10**9, 1, 1, 40),  # no more than are wanted
+        (3 * 1280 * 40, 1, 1, 40),
+        (3 * 1280 * 40 - 1, 1, 1, 39),
+        (3 * 1280 * 40 - 1, 2, 1, 19),
+        (3 * 1280 * 40 - 1, 1, 3, 13),
+        (100, 1, 1, 1),  # one is tried in any case
+    ],
+)
+def test_a_batch_takes_a_third_of_the_free_memory(
+    free: int, nets: int, copies: int, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attacks, "free_memory", lambda device: free)
+    models = [counted_net() for _ in range(nets)]
+    seen = []
+
+    def work(x: Tensor) -> tuple[Tensor]:
+        seen.append(len(x))
+        return (x,)
+
+    (joined,) = in_batches(work, (torch.rand(40, 1, 8, 8),), 500, models=models, copies=copies)
+    assert len(joined) == 40
+    assert seen[0] == max(seen) == fits
+    assert all(parameter.requires_grad and parameter.grad is None for net in models for parameter in net.parameters())
+
+
+def test_counting_a_nets_memory_draws_no_random_numbers() -> None:
+    net = nn.Sequential(counted_net(), nn.Dropout(0.5).train())
+    net.eval = lambda: net  # a defence that is random in any mode
+    before = torch.random.get_rng_state()
+    assert batch_that_fits([net], torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 4) == 4
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+HELD = """
+import resource, sys, torch
+from kdiga_nb import attacks
+from kdiga_nb.attacks import PGD, batch_that_fits
+from kdiga_nb.metrics import accuracy
+from kdiga_nb.models import build_model
+torch.set_num_threads(1)
+net = build_model("preact_resnet18", num_classes=10, image_shape=(3, 32, 32)).eval()
+x, y = torch.rand(200, 3, 32, 32), torch.randint(10, (200,))
+attack, limit = PGD(0.1, 0.05, 1), 400_000_000
+accuracy(net, x[:2], y[:2], attack=attack)
+attacks.free_memory = lambda device: limit
+fits = batch_that_fits([net], x, 200)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+accuracy(net, x[:fits], y[:fits], attack=attack)
+print(fits, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / limit)
+"""
+
+
+def test_what_is_thought_to_fit_does() -> None:
+    """An attack on the batch that is said to fit takes less than the free memory, and not a small part of it."""
+    done = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, check=True)
+    fits, share = done.stdout.split()
+    assert 2 < int(fits) < 200
+    assert 0.2 < float(share) < 1
 
 
 def test_accuracy_under_attack_of_known_answers() -> None:

@@ -1,6 +1,7 @@
 """The explorer without a browser: what is computed, what is drawn, what the handlers do, and training beside it."""
 
 import base64
+import io
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 from kdiga_nb import metrics, paths, runs
 from kdiga_nb.artifacts import Point, explore, explored, table1, table4
@@ -229,6 +231,19 @@ def test_figures_have_one_size_and_no_text_is_cut_off(
     assert overhang(figure) <= 0
     assert image_bytes(draw(data)) == image_bytes(draw(data))
     assert image_bytes(draw(data), "svg") == image_bytes(draw(data), "svg")
+
+
+def test_a_picture_may_be_saved_at_another_resolution_in_between(small: ExploreParams, store: None):
+    figure = draw(compute(State.start(small, view="lambda")))
+    before = image_bytes(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300)
+    fine, coarse = (Image.open(io.BytesIO(content)).convert("L") for content in (buffer.getvalue(), before))
+    assert fine.size == (3300, 1410)
+    assert coarse.size == (1100, 470)
+    difference = np.asarray(fine.reduce(3), dtype=float) - np.asarray(coarse)
+    assert np.abs(difference).mean() < 5  # of 255: the same picture
+    assert image_bytes(figure) == before
 
 
 def test_a_slider_changes_the_picture(small: ExploreParams, store: Path):

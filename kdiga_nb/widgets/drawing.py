@@ -61,8 +61,9 @@ class _Canvas(FigureCanvasAgg):
     _own = threading.local()
 
     def get_renderer(self) -> RendererAgg:
-        if not hasattr(self._own, "renderer"):
-            self._own.renderer = super().get_renderer()
+        key = (*self.get_width_height(physical=True), self.figure.dpi)
+        if getattr(self._own, "key", None) != key:
+            self._own.key, self._own.renderer = key, super().get_renderer()
         return self._own.renderer
 
 
