@@ -12,7 +12,10 @@ matrix product, measured on the spot.
 import argparse
 import copy
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -191,22 +194,41 @@ def scaling(rounds: int) -> list[dict[str, Any]]:
     ]
 
 
+def threads(rounds: int, batch: int = 64) -> list[dict[str, Any]]:
+    """KDIGA steps on one thread and on all cores, for which ``training.computing`` decides by the images' size."""
+    everything = os.cpu_count() or 1
+    found = []
+    for model, side in (("digits_small", 8), ("digits_wide", 8), ("mobilenet_v2", 16), ("mobilenet_v2", 32)):
+        shape = (1 if model.startswith("digits") else 3, side, side)
+        step = steps(model, batch, shape, CPU)["kdiga"]
+        seconds = alternate({str(count): partial(_on, count, step) for count in (1, everything)}, rounds)
+        ratio = seconds["1"]["median"] / seconds[str(everything)]["median"]
+        found.append({"model": model, "side": side, "batch": batch, "seconds": seconds, "one thread / all": ratio})
+    return found
+
+
+def _on(count: int, step: Callable[[], Any]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    step()
+    torch.set_num_threads(before)
+
+
 def main() -> None:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mobilenet_v2")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
-    parser.add_argument("--scaling", action="store_true", help="also nets, batches and image sizes (minutes)")
+    parser.add_argument("--scaling", action="store_true", help="also threads, nets, batches and sizes (minutes)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {"machine": machine()}
     where = Where(torch.device(arguments.device), arguments.precision)
     result["step"] = measure(arguments.model, arguments.batch, arguments.rounds, where=where)
     if arguments.scaling:
+        result["threads"] = threads(15)
         result["scaling"] = scaling(3)
     print(json.dumps(result, indent=1))
 
