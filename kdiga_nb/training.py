@@ -224,15 +224,16 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def computing(image_shape: tuple[int, int, int], device: torch.device | None = None) -> Iterator[None]:
-    """How numbers are computed: TF32 on a GPU, and on the CPU one thread for small images.
+    """How numbers are computed: TF32 on a GPU, and on the CPU one thread for the digits.
 
-    Splitting microseconds of work over threads costs more than it gives, and moves the last bits.
+    A second thread gives a step of theirs 5 to 15 % (benchmarks/steps.py), a second process, which ``reproduce`` has,
+    far more; and sums that are split over threads differ in their last bits from machine to machine.
     """
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     try:
         if device is not None and device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        elif image_shape[1] * image_shape[2] <= 256:
+        elif image_shape[1] * image_shape[2] <= 64:
             torch.set_num_threads(1)
         yield
     finally:

@@ -6,6 +6,7 @@ conda cannot be run everywhere, so environment.yml is compared with pyproject.to
 
 import ast
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -122,10 +123,48 @@ def test_the_patterns_find(pattern: re.Pattern[str], text: str) -> None:
 def test_the_readmes_table_is_the_committed_result() -> None:
     """Ours [low, high] and the paper's number, as ``report.show`` prints them from figures/digits/table1.csv."""
     shown = show(pd.read_csv(ROOT / "figures" / "digits" / "table1.csv"), ["clean", "pgd20", "autoattack"])
-    lines = (ROOT / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("| row of Table 1 |")) + 2
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(len, lines[start:])]
+    table = rows_below("| row of Table 1 |")
     assert len(table) >= 10
     columns = ["clean, ours", "clean, paper", "pgd20, ours", "pgd20, paper", "autoattack, ours"]
     for label, *cells in table:
         assert cells == [str(shown.loc[label, column]) for column in columns], label
+
+
+def saved(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
+
+
+def rows_below(heading: str) -> list[list[str]]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(len, lines[start:])]
+
+
+def test_the_readme_quotes_the_saved_benchmarks() -> None:
+    """``make bench`` writes what the README's speed tables say."""
+    step, pgd, aa = saved("steps")["step"], saved("attacks")["pgd"], saved("attacks")["autoattack"]
+    speed, move = pgd["images_per_second"], saved("explorer")["all"]
+    memory = [saved(f"memory_{kind}")["peak_gb"] for kind in ("st", "kdiga", "textbook")]
+    expected = [
+        f"{step['kdiga / standard']:.2f}",
+        f"{step['textbook / kdiga']:.2f}",
+        ", ".join(f"{peak:.2f}" for peak in memory) + " GB",
+        f"{speed['kit'] / speed['foolbox']:.2f}, {speed['kit'] / speed['art']:.2f}",
+        f"{aa['kit / pyautoattack']:.2f}",
+        f"{move['p50']:.0f}, {move['p95']:.0f}, {move['max']:.0f} ms",
+    ]
+    assert [row[1] for row in rows_below("| what | ratio")] == expected
+    assert pgd["verdicts that differ"] == {"foolbox": 0, "art": 0}
+    assert aa["verdicts that differ"] == 0
+    names = {"mobilenet_v2": "MobileNetV2", "preact_resnet18": "PreActResNet-18"}
+    scaling = [
+        [
+            names.get(entry["model"], entry["model"]),
+            f"{entry['shape'][1]}×{entry['shape'][2]}",
+            str(entry["batch"]),
+            f"{entry['kdiga / standard']:.1f}",
+            f"{entry['textbook / kdiga']:.1f}",
+        ]
+        for entry in saved("steps")["scaling"]
+    ]
+    assert rows_below("| net | images | batch") == scaling
