@@ -376,12 +376,14 @@ def _draw_loops(figure: Figure, data: Loops) -> None:
     accuracy.set(ylim=(0, 103), ylabel="accuracy (%)")
     accuracy.set_title(f"{_chain_name(data)}, ε = {data.state.params.radius} (dotted: no dropout)")
     if accuracy.get_legend_handles_labels()[0]:
-        accuracy.legend(loc="lower right")
+        accuracy.legend(loc="lower right", bbox_to_anchor=(1, 0.12))  # above curves that lie near 0
     llm.set_ylim(bottom=0)
     llm.set_ylabel(f"LLM (nats, mean of {data.state.params.llm_images} images)")
     llm.set_title("Local linearity (0: linear in the ball)")
     if llm.get_legend_handles_labels()[0]:
         llm.legend(loc="upper left")
+    else:
+        _note(llm, "not measured")
     for axes in (accuracy, llm):
         _set_ticks(axes, grid=True)
     _draw_maps(figure, grid[2], data)
