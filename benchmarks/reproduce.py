@@ -51,7 +51,7 @@ def once(scale: str, jobs: int, home: Path) -> dict[str, Any]:
             peak = max(peak, shares(process.pid))
             time.sleep(1)
         assert process.stdout is not None
-        lines = process.stdout.read().splitlines()
+        lines = process.stdout.read().replace(f"{home}/", "").splitlines()
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 1), "peak_mib": round(peak), "status": process.returncode, "says": lines[-4:]}
 

@@ -144,6 +144,7 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
     """``make bench`` writes what the README's speed tables say."""
     step, pgd, aa = saved("steps")["step"], saved("attacks")["pgd"], saved("attacks")["autoattack"]
     speed, move = pgd["images_per_second"], saved("explorer")["all"]
+    cold, cached = (saved("reproduce_smoke")[kind] for kind in ("cold", "cached"))
     memory = [saved(f"memory_{kind}")["peak_gb"] for kind in ("st", "kdiga", "textbook")]
     expected = [
         f"{step['kdiga / standard']:.2f}",
@@ -152,6 +153,7 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
         f"{speed['kit'] / speed['foolbox']:.2f}, {speed['kit'] / speed['art']:.2f}",
         f"{aa['kit / pyautoattack']:.2f}",
         f"{move['p50']:.0f}, {move['p95']:.0f}, {move['max']:.0f} ms",
+        f"{cold['seconds']:.0f}, {cached['seconds']:.0f} s; {cold['peak_mib'] / 1024:.1f} GiB",
     ]
     assert [row[1] for row in rows_below("| what | ratio")] == expected
     assert pgd["verdicts that differ"] == {"foolbox": 0, "art": 0}
