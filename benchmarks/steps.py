@@ -165,7 +165,7 @@ def _measured(model: str, batch: int, rounds: int, shape: tuple[int, int, int], 
     seconds = alternate(ways, rounds)
     median = {name: value["median"] for name, value in seconds.items()}
     flops = {}
-    for name in ("standard", "kdiga"):
+    for name in ("standard", "kdiga", "textbook"):
         with Flops() as counter:
             ways[name]()
         flops[name] = counter.total
@@ -177,6 +177,7 @@ def _measured(model: str, batch: int, rounds: int, shape: tuple[int, int, int], 
         "ceiling, TFLOP/s": top / 1e12,
         "share of the ceiling": {name: flops[name] / median[name] / top for name in flops},
         "arithmetic, kdiga / standard": flops["kdiga"] / flops["standard"],
+        "arithmetic, textbook / standard": flops["textbook"] / flops["standard"],
         "model": model,
         "batch": batch,
         "shape": shape,
