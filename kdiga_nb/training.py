@@ -453,18 +453,8 @@ def _epoch(
         whole = min(schedule.batch_size, feed.size - step * schedule.batch_size)
         where = f"at epoch {state.epoch + 1}, step {step + 1} of {steps}"
         try:
-            with _naming_the_batch_that_fits(student, teacher, state, x, y):
-                terms = _advance(
-                    student,
-                    teacher,
-                    state.criterion,
-                    state.optimizer,
-                    x,
-                    y,
-                    schedule.clip_norm,
-                    share=len(y) * processes / whole,
-                    check=not on_gpu,
-                )
+            options = {"share": len(y) * processes / whole, "check": not on_gpu}
+            terms = _advance_in_memory(student, teacher, state, x, y, schedule.clip_norm, **options)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.double() / steps
             if on_gpu and (step + 1) % CHECK_EVERY == 0:
@@ -518,18 +508,25 @@ def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
 # ---- memory ----
 
 
-@contextmanager
-def _naming_the_batch_that_fits(
-    student: nn.Module, teacher: nn.Module | None, state: TrainingState, x: Tensor, y: Tensor
-) -> Iterator[None]:
-    """Turn an allocation that failed into a ``TrainingError`` that says which batch size fits, found by trying."""
+def _advance_in_memory(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    state: TrainingState,
+    x: Tensor,
+    y: Tensor,
+    clip_norm: float,
+    *,
+    share: float,
+    check: bool,
+) -> dict[str, Tensor]:
+    """``_advance``; an allocation that failed becomes a ``TrainingError`` naming a batch size that fits."""
     try:
-        yield
-        return
+        return _advance(student, teacher, state.criterion, state.optimizer, x, y, clip_norm, share=share, check=check)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    # Outside the handler, so that the failed step's graph is gone.
+    # Outside the handler (and not in a context manager, which would keep the error and its frames), so that the failed
+    # step's graph is gone.
     state.optimizer.zero_grad(set_to_none=True)
     processes = distributed.world_size()
     fits = len(y) // 2 if processes > 1 else _largest_that_fits(student, teacher, state, x, y)

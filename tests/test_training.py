@@ -611,14 +611,17 @@ train(net, ST(), data, Schedule(1, 4096), device="cpu")
 
 
 def test_out_of_memory_names_the_batch_size_that_fits() -> None:
-    """A process whose address space ends 600 MB on; a step on all 4,096 images would take some GB."""
+    """A process whose address space ends 600 MB on; a step on all 4,096 images would take some GB.
+
+    What the failed step held must be free by then: with its graph still alive hardly an image fits.
+    """
     done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)
     line = done.stderr.strip().splitlines()[-1]
     found = re.search(
         r"out of memory with 4096 images a step on cpu: batch_size (\d+) fits; what was saved is kept", line
     )
     assert found, done.stderr
-    assert 8 <= int(found[1]) < 4096
+    assert 128 <= int(found[1]) < 4096
     assert "epoch 1, step 1 of 1" in line
 
 
