@@ -16,7 +16,7 @@ from steps import Textbook, plain
 
 from kdiga_nb.methods import KDIGA, ST
 from kdiga_nb.models import build_model
-from kdiga_nb.training import placed, resolve_device, train_step
+from kdiga_nb.training import computing, placed, resolve_device, train_step
 
 METHODS = {"st": ST(), "kdiga": KDIGA(), "textbook": Textbook()}
 
@@ -44,8 +44,9 @@ def main() -> None:
         torch.zeros(options.batch, dtype=torch.int64, device=device),
     )
     before = _peak(device)
-    for _ in range(2):
-        train_step(student, teacher, METHODS[options.method], optimizer, x, y)
+    with computing(shape, device):
+        for _ in range(2):
+            train_step(student, teacher, METHODS[options.method], optimizer, x, y)
     grown = _peak(device) - before
     values = {name: getattr(options, name) for name in ("method", "model", "teacher", "batch", "side")}
     print(json.dumps({**values, "device": str(device), "peak_gb": round(grown, 3), "machine": machine()}, indent=1))

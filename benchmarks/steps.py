@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from side_by_side import alternate, machine
+from side_by_side import alternate, machine, summary
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -29,19 +30,18 @@ from kdiga_nb.losses import distillation_kl, gradient_distance
 from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
 from kdiga_nb.operators import BatchNorm2d, Conv2d
-from kdiga_nb.training import PRECISIONS, Autocast, computing, placed, train_step
+from kdiga_nb.training import PRECISIONS, Autocast, computing, keep_pages, placed, return_pages, train_step
 
-SHAPES = {"mobilenet_v2": (3, 32, 32), "preact_resnet18": (3, 32, 32), "wrn_28_10": (3, 32, 32)}
-# Nets small to large, images 8×8 to 64×64, batches 16 to 512: (model, side, batch). What takes more than some 15 GB or
-# a minute a step in one of the formulations is left out.
+# Nets small to large, images 8×8 to 64×64, batches 16 to 512: (model, side, batch). What takes more than some 17 GB in
+# one of the formulations is left out.
 SCALING = (
     *(("digits_small", 8, batch) for batch in (16, 64, 512)),
     *(("digits_wide", 8, batch) for batch in (16, 64, 512)),
-    *(("mobilenet_v2", side, 16) for side in (8, 16, 32, 64)),
-    *(("mobilenet_v2", 32, batch) for batch in (64, 128, 256)),
-    ("mobilenet_v2", 8, 512),
-    ("preact_resnet18", 32, 16),
-    ("preact_resnet18", 32, 64),
+    *(("mobilenet_v2", 8, batch) for batch in (16, 64, 512)),
+    *(("mobilenet_v2", 16, batch) for batch in (16, 64, 512)),
+    *(("mobilenet_v2", 32, batch) for batch in (16, 32, 64, 128, 256)),
+    *(("mobilenet_v2", 64, batch) for batch in (16, 64)),
+    *(("preact_resnet18", 32, batch) for batch in (16, 64, 128)),
 )
 
 
@@ -86,6 +86,7 @@ class Where:
 
 
 CPU = Where(torch.device("cpu"), "float32")
+ONE_FORWARD = "one forward, PyTorch's derivatives"
 
 
 def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> 
     return {
         "standard": step(plain(ours), ST()),
         "kdiga": step(copy.deepcopy(ours), KDIGA()),
-        "one forward, PyTorch's derivatives": step(plain(ours), KDIGA()),
         "textbook": step(plain(ours), Textbook()),
+        ONE_FORWARD: step(plain(ours), KDIGA()),
     }
 
 
@@ -151,17 +152,23 @@ def ceiling(where: Where) -> float:
     return 2 * side**3 / alternate({"product": product}, 5)["product"]["median"]
 
 
-def measure(
-    model: str, batch: int, rounds: int, shape: tuple[int, int, int] | None = None, where: Where = CPU
-) -> dict[str, Any]:
-    """Seconds of each kind of step, and the ratios that matter; threads as in training."""
-    shape = shape or SHAPES.get(model, (1, 8, 8))
+def shape_of(model: str, side: int) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a net is measured on."""
+    return (1 if model.startswith("digits") else 3), side, side
+
+
+def measure(model: str, side: int, batch: int, rounds: int, where: Where, without: str = "") -> dict[str, Any]:
+    """Seconds of each kind of step, and the ratios that matter; threads and memory as in training."""
+    shape = shape_of(model, side)
     with computing(shape, where.device):
-        return _measured(model, batch, rounds, shape, where)
+        return _measured(model, batch, rounds, shape, where, without)
 
 
-def _measured(model: str, batch: int, rounds: int, shape: tuple[int, int, int], where: Where) -> dict[str, Any]:
+def _measured(
+    model: str, batch: int, rounds: int, shape: tuple[int, int, int], where: Where, without: str
+) -> dict[str, Any]:
     ways = steps(model, batch, shape, where)
+    ways.pop(without, None)
     seconds = alternate(ways, rounds)
     median = {name: value["median"] for name, value in seconds.items()}
     flops = {}
@@ -189,10 +196,7 @@ def _measured(model: str, batch: int, rounds: int, shape: tuple[int, int, int], 
 
 def scaling(rounds: int) -> list[dict[str, Any]]:
     """Every entry of ``SCALING``."""
-    return [
-        measure(model, batch, rounds, (1 if model.startswith("digits") else 3, side, side))
-        for model, side, batch in SCALING
-    ]
+    return [measure(*entry, rounds, CPU, without=ONE_FORWARD) for entry in SCALING]
 
 
 def threads(rounds: int, batch: int = 64) -> list[dict[str, Any]]:
@@ -200,8 +204,7 @@ def threads(rounds: int, batch: int = 64) -> list[dict[str, Any]]:
     everything = os.cpu_count() or 1
     found = []
     for model, side in (("digits_small", 8), ("digits_wide", 8), ("mobilenet_v2", 16), ("mobilenet_v2", 32)):
-        shape = (1 if model.startswith("digits") else 3, side, side)
-        step = steps(model, batch, shape, CPU)["kdiga"]
+        step = steps(model, batch, shape_of(model, side), CPU)["kdiga"]
         seconds = alternate({str(count): partial(_on, count, step) for count in (1, everything)}, rounds)
         ratio = seconds["1"]["median"] / seconds[str(everything)]["median"]
         found.append({"model": model, "side": side, "batch": batch, "seconds": seconds, "one thread / all": ratio})
@@ -215,6 +218,27 @@ def _on(count: int, step: Callable[[], Any]) -> None:
     torch.set_num_threads(before)
 
 
+def pages(rounds: int, model: str = "mobilenet_v2", side: int = 32) -> list[dict[str, Any]]:
+    """KDIGA steps where the C library gives freed memory back at once, and where it keeps it, as in training."""
+    found = []
+    for batch in (32, 128, 256):
+        step = steps(model, batch, shape_of(model, side), CPU)["kdiga"]
+        ways = {"given back": return_pages, "kept": keep_pages}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, setting in ways.items():
+                setting()
+                step()
+                started = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - started)
+        return_pages()
+        medians = {name: summary(values) for name, values in seconds.items()}
+        ratio = medians["given back"]["median"] / medians["kept"]["median"]
+        found.append({"model": model, "side": side, "batch": batch, "seconds": medians, "given back / kept": ratio})
+    return found
+
+
 def main() -> None:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -223,13 +247,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
-    parser.add_argument("--scaling", action="store_true", help="also threads, nets, batches and sizes (minutes)")
+    parser.add_argument("--side", type=int, help="of the images, in pixels (default: 8 for the digits' nets, else 32)")
+    parser.add_argument("--scaling", action="store_true", help="also threads, memory, batches and sizes (minutes)")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"machine": machine()}
     where = Where(torch.device(arguments.device), arguments.precision)
-    result["step"] = measure(arguments.model, arguments.batch, arguments.rounds, where=where)
+    side = arguments.side or (8 if arguments.model.startswith("digits") else 32)
+    result["step"] = measure(arguments.model, side, arguments.batch, arguments.rounds, where)
     if arguments.scaling:
         result["threads"] = threads(15)
+        result["pages"] = pages(3)
         result["scaling"] = scaling(3)
     print(json.dumps(result, indent=1))
 

@@ -6,6 +6,7 @@ so that the store can cache it under a readable name.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -439,5 +440,10 @@ def _proposition_2(
 
 def first_images(data: Data, model: nn.Module, images: int | None) -> Split:
     """The first ``images`` test images (None: all) and their labels, where the model is."""
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    return Split(data.test.images[:images].to(device), data.test.labels[:images].to(device))
+    return _moved(data.test, images, next(iter(model.parameters()), torch.empty(0)).device)
+
+
+@lru_cache(maxsize=1)
+def _moved(test: Split, images: int | None, device: torch.device) -> Split:
+    """One after the other, the measurements of many nets share what was moved (or, of photographs, read) once."""
+    return Split(test.images[:images].to(device), test.labels[:images].to(device))

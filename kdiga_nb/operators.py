@@ -50,10 +50,7 @@ def twice_differentiable() -> Iterator[None]:
 
 
 def _active(x: Tensor) -> bool:
-    if not getattr(_scope, "active", False) or not torch.is_grad_enabled() or x.numel() <= SMALL:
-        return False
-    # Autocast gives convolutions and their inputs different precisions, which only PyTorch's own path sorts out.
-    return not torch.is_autocast_enabled(x.device.type)
+    return getattr(_scope, "active", False) and torch.is_grad_enabled() and x.numel() > SMALL
 
 
 def use_operators(model: nn.Module) -> nn.Module:
@@ -170,8 +167,12 @@ class Conv2d(nn.Conv2d):
         """(B, C, H, W) -> (B, K, H', W')."""
         if not _active(input):
             return super().forward(input)
-        y = convolution(input, self.weight, self.stride, self.padding, self.dilation, self.groups)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        device, weight, bias = input.device.type, self.weight, self.bias
+        if torch.is_autocast_enabled(device):  # what autocast does to PyTorch's own convolution
+            kind = torch.get_autocast_dtype(device)
+            input, weight, bias = input.to(kind), weight.to(kind), None if bias is None else bias.to(kind)
+        y = convolution(input, weight, self.stride, self.padding, self.dilation, self.groups)
+        return y if bias is None else y + bias[:, None, None]
 
 
 # ---- batch normalisation ----
@@ -234,9 +235,11 @@ class _BatchNormGradient(torch.autograd.Function):
         mean_gradient, b = to_bias / n, to_weight / n
         g_gradient = g_x = g_weight = None
         if v is not None:
-            g_gradient, sum_v_x, sum_v = _kernel(v.contiguous(), x, weight, mean, scale, ctx.eps)
+            # The kernel is quick where both lie in memory alike.
+            order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            g_gradient, sum_v_x, sum_v = _kernel(v.contiguous(memory_format=order), x, weight, mean, scale, ctx.eps)
             a = sum_v_x / n
-            c = (v * gradient).sum((0, 2, 3)) / n - sum_v / n * mean_gradient
+            c = (v * gradient).sum((0, 2, 3), dtype=mean.dtype) / n - sum_v / n * mean_gradient
             rest = c - a * b
             g_weight = n * scale * rest
             # −γ·r²·[rest·x̂ + a·P(gy)], written out in gy and x, and −r·b times γ·r·P(v), which is g_gradient.
@@ -253,7 +256,12 @@ class _BatchNormGradient(torch.autograd.Function):
         if v_bias is not None:
             constant = v_bias[channel].expand_as(x)
             g_gradient = constant if g_gradient is None else g_gradient + constant
-        return g_gradient, g_x, g_weight, None, None, None
+        return _like(gradient, g_gradient), _like(x, g_x), g_weight, None, None, None
+
+
+def _like(tensor: Tensor, value: Tensor | None) -> Tensor | None:
+    """Under autocast activations are bf16 and their statistics, like all sums over them, are fp32."""
+    return None if value is None else value.to(tensor.dtype)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -262,7 +270,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         plain = self.momentum is None or not self.affine or not self.track_running_stats
-        if not _active(input) or plain or input.dtype != self.weight.dtype:
+        if not _active(input) or plain or input.dtype not in (self.weight.dtype, torch.bfloat16):
             return super().forward(input)
         if self.training:
             assert self.num_batches_tracked is not None
@@ -273,7 +281,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         # Fixed statistics make it one scale and one shift a channel, which differentiate cheaply as they are.
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift[:, None, None], input, scale[:, None, None])
+        return torch.addcmul(shift[:, None, None], input, scale[:, None, None]).to(input.dtype)
 
 
 # ---- nets that are only evaluated ----

@@ -24,6 +24,7 @@ from kdiga_nb.metrics import (
     TestAccuracy,
     accuracy,
     bound_terms,
+    first_images,
     local_linearity,
     measured_gap,
     proportion,
@@ -499,3 +500,9 @@ def test_measures_are_values() -> None:
     assert TestAccuracy(PGD(0.1, 0.05, 3), 10) == TestAccuracy(PGD(0.1, 0.05, 3), 10)
     assert len({Bounds(0.1), Bounds(0.1), Bounds(0.2), TestAccuracy()}) == 3
     assert all(issubclass(kind, Measure) for kind in (Bounds, TestAccuracy))
+
+
+def test_the_measurements_of_many_nets_share_the_images(few_digits: Data, tiny_net: Callable[..., nn.Module]) -> None:
+    one, other = (first_images(few_digits, tiny_net(side=8, classes=10), 5) for _ in range(2))
+    assert one is other and len(one.labels) == 5
+    assert len(first_images(few_digits, tiny_net(side=8, classes=10), 4).labels) == 4

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kdiga_nb.losses import input_gradient
 from kdiga_nb.methods import KDIGA
 from kdiga_nb.models import build_model
 from kdiga_nb.operators import BatchNorm2d, Conv2d, still, twice_differentiable, use_operators
-from kdiga_nb.training import train_step
+from kdiga_nb.training import PRECISIONS, Autocast, train_step
 
 # in, out, kernel, stride, padding, dilation, groups
 CONVOLUTIONS = {
@@ -154,14 +155,17 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", NETS)
-def test_how_many_convolutions_a_step_costs(name: str):
+def test_how_many_convolutions_a_step_costs(name: str, precision: str):
     """Of L layers: student and teacher forward, both to the pixels, the penalty's way back, and the loss's."""
     shape = NETS[name]
-    student = build_model(name, num_classes=10, image_shape=shape)
-    teacher = build_model(name, num_classes=10, image_shape=shape).eval().requires_grad_(False)
+    student: nn.Module = build_model(name, num_classes=10, image_shape=shape)
+    teacher: nn.Module = build_model(name, num_classes=10, image_shape=shape).eval().requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), 0.01)
     layers = sum(isinstance(module, Conv2d) for module in student.modules())
+    if precision == "bfloat16":
+        student, teacher = (Autocast(net, torch.device("cpu")) for net in (student, teacher))
     with Counting() as mode:
         train_step(student, teacher, KDIGA(), optimizer, torch.rand(2, *shape), torch.tensor([1, 2]))
     # The loss's way back ends at the first layer's weights: no gradient of the pixels is asked for.
@@ -173,6 +177,57 @@ def test_an_input_gradient_computes_no_weight_gradient():
     with Counting() as mode:
         input_gradient(student, torch.rand(2, 1, 8, 8), torch.tensor([1, 2]), create_graph=True)
     assert mode.counts == {"forward": 3, "input": 3, "weight": 0}
+
+
+def second_gradient(module: nn.Module, x: Tensor, v: Tensor, w: Tensor, *, autocast: bool) -> Tensor:
+    """That of ⟨v, gx⟩ by x and the parameters, where gx is the gradient of ⟨w, module(x)²⟩ by x; as one vector."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), twice_differentiable():
+        y = module(x)
+    (gx,) = torch.autograd.grad((w * y.to(x.dtype) ** 2).sum(), x, create_graph=True)
+    parts = torch.autograd.grad((v * gx).sum(), [x, module.get_parameter("weight")])
+    return torch.cat([part.double().flatten() for part in parts])
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["convolution", "depthwise", "batch normalisation"])
+def test_under_autocast_they_are_as_close_as_torchs_own(kind: str, train: bool):
+    """To float64; each rounds to bf16 at other places."""
+    groups = 8 if kind == "depthwise" else 1
+    theirs = nn.BatchNorm2d(8) if kind == "batch normalisation" else nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    theirs.train(train)
+    x, v, w = (draw(16, 8, 6 + i, 12 - i)[:, :, :6, :6] for i in range(3))
+    # What comes to a layer under autocast is in bf16 already.
+    x = x.bfloat16().double()
+    truth = second_gradient(deepcopy(theirs).double(), x, v, w, autocast=False)
+    near = x.bfloat16(), v.bfloat16(), w.bfloat16()
+    errors = [
+        ((second_gradient(module, *near, autocast=True) - truth).norm() / truth.norm()).item()
+        for module in (use_operators(deepcopy(theirs)), deepcopy(theirs))
+    ]
+    assert 0 < errors[0] < max(1.2 * errors[1], 0.01)
+    assert errors[1] < 0.05
+
+
+def test_in_channels_last_order_no_kernel_is_given_two_orders():
+    """Batch normalisation's takes several times as long then."""
+    orders: list[set[bool]] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.native_batch_norm_backward.default:
+                orders.append({tensor.is_contiguous() for tensor in args[:2]})
+            return func(*args, **(kwargs or {}))
+
+    net = build_model("mobilenet_v2", num_classes=10, image_shape=(3, 32, 32)).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
+    teacher = deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    x = torch.rand(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with Watching():
+        train_step(net, teacher, KDIGA(), optimizer, x, torch.tensor([1, 2]))
+    assert len(orders) == 4 * sum(isinstance(module, BatchNorm2d) for module in net.modules())
+    assert sum(order == {False} for order in orders) > len(orders) / 2
+    assert all(len(order) == 1 for order in orders)
 
 
 def test_small_tensors_take_torchs_path(monkeypatch: pytest.MonkeyPatch):

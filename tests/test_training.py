@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 import random
 import re
 import subprocess
@@ -623,6 +624,36 @@ def test_out_of_memory_names_the_batch_size_that_fits() -> None:
     assert found, done.stderr
     assert 128 <= int(found[1]) < 4096
     assert "epoch 1, step 1 of 1" in line
+
+
+PAGES = """
+import resource, torch
+from kdiga_nb.training import computing
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(16):
+        torch.ones(40_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+torch.set_num_threads(1)
+plainly = faults()
+with computing((3, 32, 32)):
+    torch.ones(40_000_000)
+    inside, held = faults(), resident()
+print(plainly, inside, faults(), held - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_while_computing_freed_memory_is_at_hand_and_afterwards_it_is_given_back() -> None:
+    """Counted in page faults: each tensor's 160 MB are either cleared anew by the system, or were kept."""
+    done = subprocess.run([sys.executable, "-c", PAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    plainly, inside, afterwards, given_back = map(int, done.stdout.split())
+    assert inside < plainly / 8
+    assert afterwards > plainly / 2
+    assert given_back > 150_000_000
 
 
 def test_the_step_count_of_adamw_stays_on_the_cpu(few_digits: Data) -> None:
