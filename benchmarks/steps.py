@@ -3,8 +3,9 @@
     python benchmarks/steps.py [--model mobilenet_v2] [--batch 32] [--rounds 9] [--scaling]
     python benchmarks/steps.py --device cuda --precision bfloat16 --batch 512
 
-Student and teacher are the same net, as in self-distillation. The textbook formulation is the authors' scheme written
-plainly with PyTorch's own modules: one forward pass of each net for the loss terms and one more for its input gradient.
+Student and teacher are the same net, as in self-distillation; our teacher is folded, as in ``train``. The textbook
+formulation is the authors' scheme written plainly with PyTorch's own modules: one forward pass of each net for the loss
+terms and one more for its input gradient.
 The share of the ceiling is a step's arithmetic (convolutions and matrix products) a second over that of one large
 matrix product, measured on the spot.
 """
@@ -29,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from kdiga_nb.losses import distillation_kl, gradient_distance
 from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
-from kdiga_nb.operators import BatchNorm2d, Conv2d
+from kdiga_nb.operators import BatchNorm2d, Conv2d, still
 from kdiga_nb.training import PRECISIONS, Autocast, computing, keep_pages, placed, return_pages, train_step
 
 # Nets small to large, images 8×8 to 64×64, batches 16 to 512: (model, side, batch). What takes more than some 17 GB in
@@ -96,9 +97,9 @@ def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> 
     x = torch.rand(batch, *shape).to(where.device)
     y = torch.randint(0, 10, (batch,)).to(where.device)
 
-    def step(net: nn.Module, method: Method) -> Any:
+    def step(net: nn.Module, method: Method, folded: bool = False) -> Any:
         net = placed(net, where.device)
-        teacher = copy.deepcopy(net).eval().requires_grad_(False)
+        teacher = still(net, shape) if folded else copy.deepcopy(net).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9, fused=where.device.type == "cuda")
         if where.precision == "bfloat16":
             net, teacher = Autocast(net, where.device), Autocast(teacher, where.device)
@@ -106,7 +107,7 @@ def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> 
 
     return {
         "standard": step(plain(ours), ST()),
-        "kdiga": step(copy.deepcopy(ours), KDIGA()),
+        "kdiga": step(copy.deepcopy(ours), KDIGA(), folded=True),
         "textbook": step(plain(ours), Textbook()),
         ONE_FORWARD: step(plain(ours), KDIGA()),
     }

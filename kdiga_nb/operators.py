@@ -18,20 +18,25 @@ c = mean(v·gy) − mean(v)·mean(gy),
 where P(v) comes from the same fused kernel as P(gy).
 """
 
+import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.fx.proxy import TraceError
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+log = logging.getLogger("kdiga")
 _scope = threading.local()
 
 # Up to this many elements the calls cost more than the arithmetic, and PyTorch's own path, of fewer calls, is quicker.
@@ -335,18 +340,17 @@ class _Affine(nn.Module):
 def still(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
     """A copy of the net that is only to be evaluated: the same function to rounding, cheaper to attack.
 
-    It is in eval mode and without parameter gradients. Batch normalisation that follows a convolution in a
-    ``nn.Sequential`` is folded into it, and affine layers in a row become a matrix where images are so small that this
-    is quicker. (B, C, H, W) -> (B, N), as the net; first derivatives only.
+    It is in eval mode and without parameter gradients. Batch normalisation that follows a convolution is folded into
+    it (in a net that torch.fx can trace), and affine layers in a row become a matrix where images are so small that
+    this is quicker. (B, C, H, W) -> (B, N), as the net; first derivatives only.
     """
     copied = deepcopy(model).eval().requires_grad_(False)
+    for name, following in _followed_by_normalisation(copied):
+        convolution, after = copied.get_submodule(name), copied.get_submodule(following)
+        assert isinstance(convolution, nn.Conv2d) and isinstance(after, nn.BatchNorm2d)
+        copied.set_submodule(name, fuse_conv_bn_eval(convolution, after))
+        copied.set_submodule(following, nn.Identity())
     sequences = [module for module in copied.modules() if isinstance(module, nn.Sequential)]
-    for sequence in sequences:
-        children = list(sequence.named_children())
-        for (name, module), (following, after) in pairwise(children):
-            if isinstance(module, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
-                sequence.set_submodule(name, fuse_conv_bn_eval(module, after))
-                sequence.set_submodule(following, nn.Identity())
     shapes = _shapes(copied, image_shape)
     like = next(copied.parameters())
     inside = set()
@@ -365,6 +369,38 @@ def still(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
         if hasattr(module, "fused_attn"):
             module.register_forward_pre_hook(_fused_without_gradient)
     return copied
+
+
+class _Tracer(torch.fx.Tracer):
+    """Takes the layers here for what they are, as it takes PyTorch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _followed_by_normalisation(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each convolution whose output goes into batch normalisation alone, and of the latter.
+
+    Both are called once. None of a net whose forward pass depends on values, which cannot be traced.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except (TraceError, TypeError, RuntimeError, AttributeError, ValueError) as error:
+        log.debug("%s is not folded: %s", type(model).__name__, error)
+        return []
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(id(modules[str(node.target)]) for node in calls)
+    pairs = []
+    for node in calls:
+        before = node.args[0]
+        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution, after = (modules[str(end.target)] for end in (before, node))
+        once = times[id(convolution)] == times[id(after)] == 1
+        if isinstance(convolution, nn.Conv2d) and isinstance(after, nn.BatchNorm2d) and once:
+            pairs.append((str(before.target), str(node.target)))
+    return pairs
 
 
 def _fused_without_gradient(attention: nn.Module, _: Any) -> None:

@@ -27,6 +27,7 @@ from kdiga_nb.data import Data, Feed, Shard, Split
 from kdiga_nb.methods import KnownTeacher, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
+from kdiga_nb.operators import still
 
 CHECK_EVERY = 50  # steps on a GPU between two looks at whether the terms are finite: each look waits for the GPU
 PRECISIONS = ("float32", "bfloat16")
@@ -434,13 +435,18 @@ def train(
 def _still(teacher: nn.Module | None, feed: Feed, schedule: Schedule) -> Iterator[nn.Module | None]:
     """The teacher on the device, in eval mode and without parameter gradients, for the length of a training.
 
-    One that would be asked the same in every epoch keeps its answers.
+    One that would be asked the same in every epoch keeps its answers; of another a folded copy is asked, which is the
+    same function to rounding.
     """
     if teacher is None:
         yield None
         return
     with frozen(placed(teacher, feed.device)):
-        yield KnownTeacher(teacher, *feed.split, schedule.batch_size) if _repeats(feed, schedule) else teacher
+        if _repeats(feed, schedule):
+            yield KnownTeacher(teacher, *feed.split, schedule.batch_size)
+        else:
+            _, channels, height, width = feed.split.images.shape
+            yield still(teacher, (channels, height, width))
 
 
 def _repeats(feed: Feed, schedule: Schedule) -> bool:

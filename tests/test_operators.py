@@ -257,6 +257,44 @@ def test_a_still_copy_is_the_same_function(name: str):
     assert torch.allclose(gradient, other_gradient, rtol=1e-9, atol=1e-9)
 
 
+class Oddities(nn.Module):
+    """Convolutions that may not be folded: their output is used twice, or the layer is; and one that may."""
+
+    def __init__(self, branching: bool = False):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+        self.norm_a, self.norm_b, self.norm_c = (nn.BatchNorm2d(3) for _ in range(3))
+        self.branching = branching
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        a = a + self.norm_a(a)
+        b = self.norm_b(self.b(a)) + self.b(x)
+        c = self.norm_c(self.c(b)).mean((2, 3))
+        return -c if self.branching and c.sum() > 0 else c
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "left"),
+    [
+        (lambda: build_model("mobilenet_v2", num_classes=10, image_shape=(3, 32, 32)), (3, 32, 32), 0),
+        (lambda: build_model("preact_resnet18", num_classes=10, image_shape=(3, 32, 32)), (3, 32, 32), 9),
+        (Oddities, (3, 4, 4), 2),
+        (lambda: Oddities(branching=True), (3, 4, 4), 3),
+    ],
+    ids=["mobilenet_v2", "preact_resnet18", "used twice", "cannot be traced"],
+)
+def test_what_normalisation_a_still_copy_has_left(
+    build: Callable[[], nn.Module], shape: tuple[int, int, int], left: int
+):
+    model = build().double()
+    model(torch.rand(8, *shape, dtype=torch.float64))
+    copied = still(model, shape)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in copied.modules()) == left
+    x = torch.rand(6, *shape, dtype=torch.float64)
+    assert torch.allclose(copied(x), model.eval()(x), rtol=1e-9, atol=1e-9)
+
+
 def test_a_still_copy_is_made_of_matrices_where_images_are_small():
     copied = still(build_model("digits_small", num_classes=10, image_shape=(1, 8, 8)), (1, 8, 8))
     layers = [module for module in copied.get_submodule("features").children() if not isinstance(module, nn.Identity)]

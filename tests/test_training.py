@@ -41,11 +41,20 @@ Weights = dict[str, Tensor]
 
 
 class Breakable(nn.Module):
-    """A net that answers with NaN from the moment ``broken`` is set."""
+    """A net that answers with NaN from the moment ``broken`` is set, and so do copies of it."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
-        self.net, self.broken = net, False
+        broken = [False]
+        self.net, self.shared = net, lambda: broken
+
+    @property
+    def broken(self) -> bool:
+        return self.shared()[0]
+
+    @broken.setter
+    def broken(self, value: bool) -> None:
+        self.shared()[0] = value
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) * (math.nan if self.broken else 1)
