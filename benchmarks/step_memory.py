@@ -16,6 +16,7 @@ from steps import Textbook, plain
 
 from kdiga_nb.methods import KDIGA, ST
 from kdiga_nb.models import build_model
+from kdiga_nb.operators import still
 from kdiga_nb.training import computing, placed, resolve_device, train_step
 
 METHODS = {"st": ST(), "kdiga": KDIGA(), "textbook": Textbook()}
@@ -36,8 +37,9 @@ def main() -> None:
         for name in (options.model, options.teacher)
     )
     if options.method == "textbook":
-        student, teacher = plain(student), plain(teacher)
-    teacher.eval().requires_grad_(False)
+        student, teacher = plain(student), plain(teacher).eval().requires_grad_(False)
+    else:
+        teacher = still(teacher, shape)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9)
     x, y = (
         torch.rand(options.batch, *shape, device=device),

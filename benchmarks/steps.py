@@ -28,10 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kdiga_nb.losses import distillation_kl, gradient_distance
+from kdiga_nb.memory import keep_pages, return_pages
 from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
 from kdiga_nb.operators import BatchNorm2d, Conv2d, still
-from kdiga_nb.training import PRECISIONS, Autocast, computing, keep_pages, placed, return_pages, train_step
+from kdiga_nb.training import PRECISIONS, Autocast, computing, placed, train_step
 
 # Nets small to large, images 8×8 to 64×64, batches 16 to 512: (model, side, batch). What takes more than some 17 GB in
 # one of the formulations is left out.

@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from kdiga_nb.losses import cross_entropy
+from kdiga_nb.memory import free_memory, is_out_of_memory, return_pages, trim
 
 log = logging.getLogger("kdiga")
 Objective = Callable[[Tensor], Tensor]
@@ -54,22 +54,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, on a GPU or on a CPU."""
-    # On a CPU it is the allocator that says so, or oneDNN, in its own words.
-    words = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
 Results = tuple[Tensor, ...]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a tensor on the device could take now."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available
 
 
 def batch_that_fits(models: Sequence[nn.Module], x: Tensor, wanted: int, *, copies: int = 1) -> int:
@@ -86,7 +71,12 @@ def batch_that_fits(models: Sequence[nn.Module], x: Tensor, wanted: int, *, copi
     if wanted <= 1:
         return 1
     kept = _kept_for_backward(models, x[:2]) - _kept_for_backward(models, x[:1])  # without weights, which come once
-    fitting = free_memory(x.device) // (3 * copies * kept) if kept else wanted
+    if not kept:
+        return wanted
+    fitting = free_memory(x.device) // (3 * copies * kept)
+    if fitting < wanted:
+        trim()
+        fitting = free_memory(x.device) // (3 * copies * kept)
     if fitting >= wanted:
         return wanted
     log.info("memory holds batches of %d images (of %d)", max(fitting, 1), wanted)
@@ -147,6 +137,8 @@ def in_batches(
         log.warning("out of memory: going on with batches of %d images", batch_size)
         if tensors[0].device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            return_pages()
         if generator is not None and before is not None:
             generator.set_state(before)
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))

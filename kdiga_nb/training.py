@@ -9,9 +9,7 @@ and what the processes compute together is what one computes on the whole batch 
 in channels-last order, the optimiser is fused, matrix products use TF32, and the loop never waits for a number.
 """
 
-import ctypes
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb import distributed
-from kdiga_nb.attacks import PGD, Attack, frozen, is_out_of_memory
+from kdiga_nb.attacks import PGD, Attack, frozen
 from kdiga_nb.data import Data, Feed, Shard, Split
+from kdiga_nb.memory import is_out_of_memory, keep_pages, return_pages
 from kdiga_nb.methods import KnownTeacher, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
@@ -35,7 +34,6 @@ OPTIMIZERS = ("sgd", "adamw")
 POLICIES = ("multistep", "one_cycle", "constant")
 SELECTIONS = ("last", "validation", "best_on_test")
 TRAINABLE = ("all", "head")
-TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 class TrainingError(RuntimeError):
@@ -247,33 +245,6 @@ def computing(image_shape: tuple[int, int, int], device: torch.device | None = N
         torch.set_float32_matmul_precision(precision)
         if not tiny:
             return_pages()
-
-
-def _allocator() -> ctypes.CDLL | None:
-    """The C library, where it is glibc."""
-    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    return library if hasattr(library, "mallopt") else None
-
-
-def keep_pages() -> None:
-    """Have the pages of freed memory kept for the next tensor.
-
-    Left alone glibc takes each tensor of more than 32 MB from the system and gives it back at once, which then has to
-    clear every page anew: two thirds of a KDIGA step of MobileNetV2 at batch 256 (benchmarks/steps.py).
-    """
-    if allocator := _allocator():
-        allocator.mallopt(MMAP_MAX, 0)
-        allocator.mallopt(TRIM_THRESHOLD, -1)
-        allocator.mallopt(TOP_PAD, 64 << 20)
-
-
-def return_pages() -> None:
-    """Have them given back, now and from now on, as glibc does by default."""
-    if allocator := _allocator():
-        allocator.mallopt(MMAP_MAX, 1 << 16)
-        allocator.mallopt(TRIM_THRESHOLD, 128 << 10)
-        allocator.mallopt(TOP_PAD, 128 << 10)
-        allocator.malloc_trim(0)
 
 
 class Autocast(nn.Module):

@@ -144,7 +144,10 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
     """``make bench`` writes what the README's speed tables say."""
     step, pgd, aa = saved("steps")["step"], saved("attacks")["pgd"], saved("attacks")["autoattack"]
     speed, move = pgd["images_per_second"], saved("explorer")["all"]
-    cold, cached = (saved("reproduce_smoke")[kind] for kind in ("cold", "cached"))
+    smoke, digits = (
+        f"{took['cold']['seconds']:.0f}, {took['cached']['seconds']:.0f} s; {took['cold']['peak_mib'] / 1024:.1f} GiB"
+        for took in (saved("reproduce_smoke"), saved("reproduce"))
+    )
     memory = [saved(f"memory_{kind}")["peak_gb"] for kind in ("st", "kdiga", "textbook")]
     expected = [
         f"{step['kdiga / standard']:.2f}",
@@ -153,7 +156,8 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
         f"{speed['kit'] / speed['foolbox']:.2f}, {speed['kit'] / speed['art']:.2f}",
         f"{aa['kit / pyautoattack']:.2f}",
         f"{move['p50']:.0f}, {move['p95']:.0f}, {move['max']:.0f} ms",
-        f"{cold['seconds']:.0f}, {cached['seconds']:.0f} s; {cold['peak_mib'] / 1024:.1f} GiB",
+        smoke,
+        digits,
     ]
     assert [row[1] for row in rows_below("| what | ratio")] == expected
     assert pgd["verdicts that differ"] == {"foolbox": 0, "art": 0}
@@ -170,3 +174,18 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
         for entry in saved("steps")["scaling"]
     ]
     assert rows_below("| net | images | batch") == scaling
+
+
+def test_the_readmes_sentences_on_speed_quote_the_saved_benchmarks() -> None:
+    differences, text = saved("finite_differences"), " ".join((ROOT / "README.md").read_text().split())
+    smooth, kinked = differences["digits_small"], differences["mobilenet_v2 on CIFAR-10"]
+    wrong = [100 * min(net["smallest relative error"].values()) for net in (kinked, smooth)]
+    step, pages = saved("steps")["step"], [f"{entry['given back / kept']:.1f}" for entry in saved("steps")["pages"]]
+    sentences = [
+        f"take {kinked['forward difference / exact']:.2f} of the exact step's time",
+        f"wrong by {wrong[0]:.0f} % at the best step size there, for its ReLUs have kinks ({wrong[1]:.2f} %",
+        f"takes {pages[0]}, {pages[1]} and {pages[2]} times as long at batch 32, 128 and 256",
+        f"is {step['arithmetic, kdiga / standard']:.1f} times that of a standard step",
+        f"plain formulation's {step['arithmetic, textbook / standard']:.1f} times",
+    ]
+    assert [sentence for sentence in sentences if sentence not in text] == []

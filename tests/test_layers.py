@@ -22,7 +22,7 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 
 LEVELS = {
-    **dict.fromkeys(("paths", "operators", "losses", "models", "data", "distributed", "reported"), 0),
+    **dict.fromkeys(("paths", "operators", "losses", "models", "data", "distributed", "memory", "reported"), 0),
     **dict.fromkeys(("attacks", "checkpoints"), 1),
     **dict.fromkeys(("methods", "metrics"), 2),
     **dict.fromkeys(("training", "audit", "certify"), 3),

@@ -171,6 +171,15 @@ def test_counting_a_nets_memory_draws_no_random_numbers() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_memory_that_is_kept_at_hand_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks scarce is looked at again once the pages of freed memory were given back."""
+    free = [3 * 1280 * 2]
+    monkeypatch.setattr(attacks, "free_memory", lambda device: free[-1])
+    monkeypatch.setattr(attacks, "trim", lambda: free.append(3 * 1280 * 7))
+    assert batch_that_fits([counted_net()], torch.rand(50, 1, 8, 8), 2) == 2 and len(free) == 1
+    assert batch_that_fits([counted_net()], torch.rand(50, 1, 8, 8), 50) == 7 and len(free) == 2
+
+
 HELD = """
 import re, torch
 from pathlib import Path
