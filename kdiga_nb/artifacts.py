@@ -297,7 +297,8 @@ def _table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets, bool]]:
     sources = {"igam_tinyimagenet": params.source_tinyimagenet, "igam_mnist": params.source_mnist}
     for name, source in sources.items():
         teachers = () if source == NONE else _igam_sources(params, name, source)
-        rows[name] = (f"PGD teacher of {source} → IGAM → wide net", _igam(params, teachers), True)
+        kind = "published" if name == "igam_mnist" and params.source_mnist_checkpoint else "PGD"
+        rows[name] = (f"{kind} teacher of {source} → IGAM → wide net", _igam(params, teachers), True)
     rows |= {
         "pgd7_teacher": (f"{wide} (PGD-{params.at_steps} AT)", _pgd_at(params), True),
         "trades_teacher": (f"{wide} (TRADES), the teacher", tuple(dict.fromkeys(teacher)), True),

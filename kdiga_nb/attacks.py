@@ -307,6 +307,8 @@ MEMBERS = {
     "apgd": ("apgd-ce", "apgd-t"),
     "square": ("square",),
 }
+# Members whose loss compares the largest logits, and how many.
+LOGITS_COMPARED = {"apgd-t": 4, "apgd-dlr": 3}
 
 
 @dataclass(frozen=True)
@@ -344,9 +346,17 @@ class AutoAttack:
             state: a JSON file written after each member; an evaluation that finds one of the same net, images and
                 attack goes on behind it. The caller removes it when the result is stored elsewhere.
             found: images (B, C, H, W) that are overwritten where a member succeeds.
+
+        Raises:
+            ValueError: inputs as in ``check_inputs``, or a net of fewer classes than a member's loss compares logits.
         """
         check_inputs(model, x, y)
         x = x.detach()
+        with frozen(model), torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        for member in MEMBERS[self.version]:
+            if classes < (fewest := LOGITS_COMPARED.get(member, 0)):
+                raise ValueError(f"AutoAttack {self.version}: {member} compares {fewest} logits, the net has {classes}")
         identity = "" if state is None else _identity(self, model, x, y)
         report = _restore(state, identity, x.device)
         with frozen(model):

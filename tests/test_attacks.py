@@ -382,6 +382,16 @@ def test_bad_images_and_labels_are_refused(attack: Attack, images: Tensor, label
 
 
 @pytest.mark.parametrize(
+    ("version", "member", "fewest"), [("standard", "apgd-t", 4), ("apgd", "apgd-t", 4), ("rand", "apgd-dlr", 3)]
+)
+def test_autoattack_refuses_nets_of_too_few_classes(version: str, member: str, fewest: int) -> None:
+    attack, labels = AutoAttack(0.1, version), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"{member} compares {fewest} logits, the net has {fewest - 1}"):
+        attack(Linear(16, fewest - 1), GOOD_IMAGES, labels)
+    assert attack.evaluate(Linear(16, fewest), GOOD_IMAGES, labels).robust.shape == (3,)
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
         *[
