@@ -144,8 +144,8 @@ def in_batches(
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
-def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Refuse what would make a robustness number wrong in silence.
+def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Refuse what would make a robustness number wrong in silence; gives the model's number of classes.
 
     Raises:
         ValueError: images that are not float (B, C, H, W) in [0, 1], or labels that are not (B,) classes of the model.
@@ -164,6 +164,7 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
         raise ValueError(f"labels must lie in 0 … {classes - 1}, got values from {low} to {high}")
+    return classes
 
 
 def ball(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -350,10 +351,8 @@ class AutoAttack:
         Raises:
             ValueError: inputs as in ``check_inputs``, or a net of fewer classes than a member's loss compares logits.
         """
-        check_inputs(model, x, y)
+        classes = check_inputs(model, x, y)
         x = x.detach()
-        with frozen(model), torch.no_grad():
-            classes = model(x[:1]).shape[1]
         for member in MEMBERS[self.version]:
             if classes < (fewest := LOGITS_COMPARED.get(member, 0)):
                 raise ValueError(f"AutoAttack {self.version}: {member} compares {fewest} logits, the net has {classes}")
