@@ -54,6 +54,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def verdicts() -> Iterator[None]:
+    """Forward passes inside the block decide what counts as robust: without gradients, and on a GPU in full fp32.
+
+    Attacks search in TF32 there, where training does, and what they find is judged here.
+    """
+    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
 Results = tuple[Tensor, ...]
 
 
@@ -232,7 +249,7 @@ class SignAscent:
         with frozen(model):
             best = self.perturb(lambda images: cross_entropy(model(images), y), x, generator=generator)
             for _ in range(self.restarts - 1):
-                with torch.no_grad():
+                with verdicts():
                     logits = model(best)
                 left = (logits.argmax(1) == y).nonzero().squeeze(1)
                 if not len(left):
@@ -241,7 +258,7 @@ class SignAscent:
                 again = self.perturb(
                     lambda images, k=labels: cross_entropy(model(images), k), x[left], generator=generator
                 )
-                with torch.no_grad():
+                with verdicts():
                     fresh = model(again)
                     fooled = fresh.argmax(1) != labels
                     higher = cross_entropy(fresh, labels) > cross_entropy(logits[left], labels)
@@ -380,7 +397,7 @@ class AutoAttack:
 
     def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """(B,) mask of the images that are classified correctly."""
-        with torch.no_grad():
+        with verdicts():
             return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size, models=[model])[0]
 
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import Attack, AutoAttack, Results, check_inputs, frozen, in_batches
+from kdiga_nb.attacks import Attack, AutoAttack, Results, check_inputs, frozen, in_batches, verdicts
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.operators import still
@@ -66,7 +66,7 @@ def accuracy(
     def right(x: Tensor, y: Tensor) -> Results:
         if attack is not None:
             x = attack(model, x, y, generator=generator)
-        with torch.no_grad():
+        with verdicts():
             return (model(x).argmax(1) == y,)
 
     with frozen(model):

@@ -219,6 +219,39 @@ def test_accuracy_under_attack_of_known_answers() -> None:
     assert accuracy(ReadsFirstPixel(), images, answers, attack=FGSM(0.06)).percent == 0
 
 
+class Recording(nn.Module):
+    """Linear, and notes in which precision it was asked what is to be decided (without gradients)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.asked = nn.Linear(4, 10), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            self.asked.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("attack", "checks"),
+    [(None, 1), (PGD(0.1, 0.05, 2), 2), (PGD(0.1, 0.05, 2, restarts=3), 2), (AutoAttack(0.1, "square"), 0)],
+)
+def test_verdicts_are_in_full_precision(attack: attacks.Attack | None, checks: int) -> None:
+    net, (x, y) = Recording().eval(), (torch.rand(5, 1, 2, 2), torch.arange(5))
+    torch.set_float32_matmul_precision("high")
+    try:
+        if isinstance(attack, AutoAttack):
+            attack._right(net, x, y)
+        else:
+            accuracy(net, x, y, attack=attack)
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # The checks of the inputs come first and decide nothing.
+    assert net.asked[:checks] == [("high", True)] * checks
+    assert net.asked[checks:] and set(net.asked[checks:]) == {("highest", False)}
+
+
 def test_accuracy_is_taken_in_eval_mode_and_leaves_the_net_alone(
     tiny_net: Callable[..., nn.Module], random_images: Callable[..., Split]
 ) -> None:
