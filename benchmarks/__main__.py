@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 HOME = Path(__file__).parent
+BF16_MODELS = ("mobilenet_v2", "preact_resnet18")
 BENCHMARKS = {
     "steps": ["steps.py", "--scaling"],
     **{
         f"memory_{kind}": ["step_memory.py", "--teacher", "mobilenet_v2", "--method", kind]
         for kind in ("st", "kdiga", "textbook")
     },
+    **{f"bfloat16_{model}": ["steps.py", "--precision", "bfloat16", "--model", model] for model in BF16_MODELS},
     "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
     "explorer": ["explorer.py"],

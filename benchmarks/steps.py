@@ -114,6 +114,22 @@ def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> 
     }
 
 
+def agreement(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> dict[str, float]:
+    """The cosine of each term's gradient, by the student's parameters, to that in float32, between two fresh nets."""
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(placed(build_model(model, num_classes=10, image_shape=shape), where.device))
+    student, teacher = nets[0].train(), nets[1].eval()
+    x, y = torch.rand(batch, *shape).to(where.device), torch.randint(0, 10, (batch,)).to(where.device)
+    found: dict[str, list[Tensor]] = {}
+    for wrap in (lambda net: net, lambda net: Autocast(net, where.device)):
+        for name, term in KDIGA()(wrap(student), wrap(teacher), x, y).items():
+            parts = torch.autograd.grad(term, list(student.parameters()), retain_graph=True, allow_unused=True)
+            found.setdefault(name, []).append(torch.cat([part.flatten() for part in parts if part is not None]))
+    return {name: torch.cosine_similarity(*values, dim=0).item() for name, values in found.items()}
+
+
 class Flops(TorchDispatchMode):
     """Counts the floating-point operations of convolutions and matrix products.
 
@@ -179,7 +195,9 @@ def _measured(
             ways[name]()
         flops[name] = counter.total
     top = ceiling(where)
+    in_bf16 = where.precision == "bfloat16"
     return {
+        **({"cosine to float32": agreement(model, batch, shape, where)} if in_bf16 else {}),
         "device": str(where.device),
         "threads": torch.get_num_threads(),
         "precision": where.precision,

@@ -181,7 +181,12 @@ def test_the_readmes_sentences_on_speed_quote_the_saved_benchmarks() -> None:
     smooth, kinked = differences["digits_small"], differences["mobilenet_v2 on CIFAR-10"]
     wrong = [100 * min(net["smallest relative error"].values()) for net in (kinked, smooth)]
     step, pages = saved("steps")["step"], [f"{entry['given back / kept']:.1f}" for entry in saved("steps")["pages"]]
+    cosines = [
+        ", ".join(f"{value:.2f}" for value in saved(f"bfloat16_{name}")["step"]["cosine to float32"].values())
+        for name in ("preact_resnet18", "mobilenet_v2")
+    ]
     sentences = [
+        f"a cosine of {cosines[0]} on PreActResNet-18 and of {cosines[1]} on MobileNetV2",
         f"take {kinked['forward difference / exact']:.2f} of the exact step's time",
         f"wrong by {wrong[0]:.0f} % at the best step size there, for its ReLUs have kinks ({wrong[1]:.2f} %",
         f"takes {pages[0]}, {pages[1]} and {pages[2]} times as long at batch 32, 128 and 256",
