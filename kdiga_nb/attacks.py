@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb.losses import cross_entropy
-from kdiga_nb.memory import free_memory, is_out_of_memory, return_pages, trim
+from kdiga_nb.memory import free_memory, is_out_of_memory, release, trim
 
 log = logging.getLogger("kdiga")
 Objective = Callable[[Tensor], Tensor]
@@ -152,10 +152,7 @@ def in_batches(
         # Outside the handler, so that what the failed batch held is free.
         batch_size = (min(batch_size, total - done) + 1) // 2
         log.warning("out of memory: going on with batches of %d images", batch_size)
-        if tensors[0].device.type == "cuda":
-            torch.cuda.empty_cache()
-        else:
-            return_pages()
+        release(tensors[0].device)
         if generator is not None and before is not None:
             generator.set_state(before)
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import PGD, AutoAttack, Results, ball, check_inputs, frozen, in_batches
+from kdiga_nb.attacks import PGD, AutoAttack, Results, ball, check_inputs, frozen, in_batches, verdicts
 from kdiga_nb.data import Data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.metrics import BATCH_SIZE, EVALUATION_SEED, Measure, first_images, proportion
@@ -105,7 +105,7 @@ class LossPGD(PGD):
             x_adv = self.start(x[left], generator=generator)
             for step in range(self.steps + 1):
                 if step % self.look_every == 0 or step == self.steps:
-                    with torch.no_grad():
+                    with verdicts():
                         fooled = model(x_adv).argmax(1) != y[left]
                     found[left[fooled]] = x_adv[fooled]
                     done = torch.isin(left, left[fooled])
@@ -157,7 +157,7 @@ class RayS:
             moved = (flat[rows] + reach[:, None] * signs).clamp(0, 1).view(-1, *x.shape[1:])
             return model(moved).argmax(1) != y[rows]
 
-        with frozen(model), torch.no_grad():
+        with frozen(model), verdicts():
             while used < self.queries:
                 size = math.ceil(flat.shape[1] / blocks)
                 for begin in range(0, flat.shape[1], size):
@@ -203,7 +203,7 @@ def _attacked(attack: Attacking, model: nn.Module, x: Tensor, y: Tensor) -> Tens
 
 
 def _survivors(model: nn.Module, x_adv: Tensor, y: Tensor) -> dict[str, Any]:
-    with frozen(model), torch.no_grad():
+    with frozen(model), verdicts():
         right = model(x_adv).argmax(1) == y
     mask = "".join("1" if one else "0" for one in right.tolist())
     return vars(proportion(int(right.sum()), len(y))) | {"survivors": mask}

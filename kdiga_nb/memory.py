@@ -45,6 +45,14 @@ def return_pages() -> None:
     trim()
 
 
+def release(device: torch.device) -> None:
+    """After an allocation that failed: whatever is kept for later tensors goes back, and on a CPU no more is kept."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        return_pages()
+
+
 def trim() -> None:
     """Give the pages of freed memory back to the system, on a CPU."""
     if allocator := _allocator():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kdiga_nb import distributed
 from kdiga_nb.attacks import PGD, Attack, frozen
 from kdiga_nb.data import Data, Feed, Shard, Split
-from kdiga_nb.memory import is_out_of_memory, keep_pages, return_pages
+from kdiga_nb.memory import is_out_of_memory, keep_pages, release, return_pages
 from kdiga_nb.methods import KnownTeacher, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
@@ -228,13 +228,13 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 def computing(image_shape: tuple[int, int, int], device: torch.device | None = None) -> Iterator[None]:
     """How numbers are computed: TF32 on a GPU; on the CPU freed memory at hand, and one thread for the digits.
 
-    A second thread gives a step of theirs 5 to 15 % (benchmarks/steps.py), a second process, which ``reproduce`` has,
+    A second thread gives a step of theirs 3 to 20 % (benchmarks/steps.py), a second process, which ``reproduce`` has,
     far more; and sums that are split over threads differ in their last bits from machine to machine.
     """
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    tiny = image_shape[1] * image_shape[2] <= 64
+    on_gpu, tiny = device is not None and device.type == "cuda", image_shape[1] * image_shape[2] <= 64
     try:
-        if device is not None and device.type == "cuda":
+        if on_gpu:
             torch.set_float32_matmul_precision("high")
         else:
             keep_pages()
@@ -243,7 +243,7 @@ def computing(image_shape: tuple[int, int, int], device: torch.device | None = N
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        if not tiny:
+        if not on_gpu and not tiny:  # the digits' few MB stay: giving them back would cost the explorer's moves
             return_pages()
 
 
@@ -538,7 +538,6 @@ def _advance_in_memory(
             raise
     # Outside the handler (and not in a context manager, which would keep the error and its frames), so that the failed
     # step's graph is gone.
-    return_pages()
     state.optimizer.zero_grad(set_to_none=True)
     processes = distributed.world_size()
     fits = len(y) // 2 if processes > 1 else _largest_that_fits(student, teacher, state, x, y)
@@ -556,8 +555,7 @@ def _largest_that_fits(
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
     n = len(y)
     while n := n // 2:
-        if x.device.type == "cuda":
-            torch.cuda.empty_cache()
+        release(x.device)
         try:
             terms = state.criterion(student, teacher, x[:n], y[:n])
             torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)

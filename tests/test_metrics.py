@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kdiga_nb import attacks
 from kdiga_nb.attacks import FGSM, PGD, AutoAttack, batch_that_fits, in_batches
+from kdiga_nb.audit import LossPGD
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy
 from kdiga_nb.metrics import (
@@ -234,7 +235,13 @@ class Recording(nn.Module):
 
 @pytest.mark.parametrize(
     ("attack", "checks"),
-    [(None, 1), (PGD(0.1, 0.05, 2), 2), (PGD(0.1, 0.05, 2, restarts=3), 2), (AutoAttack(0.1, "square"), 0)],
+    [
+        (None, 1),
+        (PGD(0.1, 0.05, 2), 2),
+        (PGD(0.1, 0.05, 2, restarts=3), 2),
+        (LossPGD(0.1, 0.05, 2), 3),
+        (AutoAttack(0.1, "square"), 0),
+    ],
 )
 def test_verdicts_are_in_full_precision(attack: attacks.Attack | None, checks: int) -> None:
     net, (x, y) = Recording().eval(), (torch.rand(5, 1, 2, 2), torch.arange(5))
@@ -247,7 +254,7 @@ def test_verdicts_are_in_full_precision(attack: attacks.Attack | None, checks: i
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
-    # The checks of the inputs come first and decide nothing.
+    # The checks of the inputs, and a ranking of the classes to aim at, come first and decide nothing.
     assert net.asked[:checks] == [("high", True)] * checks
     assert net.asked[checks:] and set(net.asked[checks:]) == {("highest", False)}
 
