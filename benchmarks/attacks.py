@@ -17,12 +17,13 @@ from side_by_side import alternate, machine
 from torch import Tensor, nn
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import table1
-from kdiga_nb.attacks import PGD, AutoAttack
+from kdiga_nb.artifacts.paper import table1
+from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import load_data
-from kdiga_nb.operators import still
+from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.params import Table1Params, read
-from kdiga_nb.runs import load_or_train
+from kdiga_nb.runs.store import load_or_train
 
 EPSILON, STEPS = 0.1, 20
 
@@ -35,7 +36,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
 
     length = 2 * EPSILON / STEPS
     ours = PGD(EPSILON, length, STEPS, random_start=False)
-    quick = still(model, load_data("digits").image_shape)
+    quick = folded_copy(model, load_data("digits").image_shape)
     theirs = foolbox.PyTorchModel(model, bounds=(0, 1))
     attack = foolbox.attacks.LinfPGD(abs_stepsize=length, steps=STEPS, random_start=False)
     classes = load_data("digits").num_classes
@@ -73,7 +74,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str,
     from pyautoattack import AutoAttack as Library
 
     found: dict[str, Tensor] = {}
-    quick = still(model, load_data("digits").image_shape)
+    quick = folded_copy(model, load_data("digits").image_shape)
 
     def kit() -> None:
         found["kit"] = AutoAttack(EPSILON).evaluate(quick, x, y).robust

@@ -22,13 +22,13 @@ from side_by_side import alternate, machine
 from torch import Tensor, nn
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import table1
+from kdiga_nb.artifacts.paper import table1
 from kdiga_nb.data import DataError, load_data
 from kdiga_nb.losses import cross_entropy, distillation_kl, gradient_distance, input_gradient
 from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
 from kdiga_nb.params import Table1Params, read
-from kdiga_nb.runs import load_or_train
+from kdiga_nb.runs.store import load_or_train
 from kdiga_nb.training import train_step
 
 STEP_SIZES = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # ‖h·v‖₂ in pixel units

@@ -20,8 +20,8 @@ from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import _method, _schedule, _teacher_schedule, _train_attack
-from kdiga_nb.attacks import PGD
+from kdiga_nb.artifacts.recipes import method_of, schedule_of, teacher_schedule, training_attack
+from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Split, load_data
 from kdiga_nb.methods import KD, KDIGA, ST, TRADES, Method
 from kdiga_nb.metrics import accuracy
@@ -51,9 +51,9 @@ class Fold:
 
     def __init__(self, params: Table1Params, data: Data, seed: int):
         self.params, self.data, self.seed = params, data, seed
-        trades = TRADES(_train_attack(params), params.beta)
-        self.teacher = self.trained(trades, params.teacher, _teacher_schedule(params))
-        self.standard = self.trained(ST(), params.student, _schedule(params))
+        trades = TRADES(training_attack(params), params.beta)
+        self.teacher = self.trained(trades, params.teacher, teacher_schedule(params))
+        self.standard = self.trained(ST(), params.student, schedule_of(params))
 
     def trained(
         self,
@@ -81,17 +81,17 @@ class Fold:
 
     def all(self, weights: list[float], self_weights: list[float]) -> dict[str, tuple[float, float]]:
         """Every candidate by name."""
-        params, schedule = self.params, _schedule(self.params)
+        params, schedule = self.params, schedule_of(self.params)
         found = {"teacher": self.worth(self.teacher), "st": self.worth(self.standard)}
-        found["kd"] = self.worth(self.trained(_method(params, KD), params.student, schedule, self.teacher))
+        found["kd"] = self.worth(self.trained(method_of(params, KD), params.student, schedule, self.teacher))
         for weight in weights:
-            method = _method(params, KDIGA, lambda_iga=weight)
+            method = method_of(params, KDIGA, lambda_iga=weight)
             found[f"kdiga {weight:g}"] = self.worth(self.trained(method, params.student, schedule, self.teacher))
         loop = replace(
-            _schedule(params, params.isd_epochs), learning_rate=params.learning_rate * params.learning_rate_decay
+            schedule_of(params, params.isd_epochs), learning_rate=params.learning_rate * params.learning_rate_decay
         )
         for weight in self_weights:
-            method = _method(params, KDIGA, lambda_iga=weight)
+            method = method_of(params, KDIGA, lambda_iga=weight)
             net = self.trained(method, params.student, loop, self.standard, self.standard, params.head_dropout)
             found[f"isd_wot_1 {weight:g}"] = self.worth(net)
         return found

@@ -16,8 +16,9 @@ from steps import Textbook, plain
 
 from kdiga_nb.methods import KDIGA, ST
 from kdiga_nb.models import build_model
-from kdiga_nb.operators import still
-from kdiga_nb.training import computing, placed, resolve_device, train_step
+from kdiga_nb.numerics.folding import folded_copy
+from kdiga_nb.numerics.scopes import computing, placed, resolve_device
+from kdiga_nb.training import train_step
 
 METHODS = {"st": ST(), "kdiga": KDIGA(), "textbook": Textbook()}
 
@@ -39,7 +40,7 @@ def main() -> None:
     if options.method == "textbook":
         student, teacher = plain(student), plain(teacher).eval().requires_grad_(False)
     else:
-        teacher = still(teacher, shape)
+        teacher = folded_copy(teacher, shape)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9)
     x, y = (
         torch.rand(options.batch, *shape, device=device),

@@ -28,11 +28,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from kdiga_nb.losses import distillation_kl, gradient_distance
-from kdiga_nb.memory import keep_pages, return_pages
 from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
-from kdiga_nb.operators import BatchNorm2d, Conv2d, still
-from kdiga_nb.training import PRECISIONS, Autocast, computing, placed, train_step
+from kdiga_nb.numerics.double_backward import BatchNorm2d, Conv2d
+from kdiga_nb.numerics.folding import folded_copy
+from kdiga_nb.numerics.memory import keep_pages, return_pages
+from kdiga_nb.numerics.scopes import Autocast, computing, placed
+from kdiga_nb.training import PRECISIONS, train_step
 
 # Nets small to large, images 8×8 to 64×64, batches 16 to 512: (model, side, batch). What takes more than some 17 GB in
 # one of the formulations is left out.
@@ -100,7 +102,7 @@ def steps(model: str, batch: int, shape: tuple[int, int, int], where: Where) -> 
 
     def step(net: nn.Module, method: Method, folded: bool = False) -> Any:
         net = placed(net, where.device)
-        teacher = still(net, shape) if folded else copy.deepcopy(net).eval().requires_grad_(False)
+        teacher = folded_copy(net, shape) if folded else copy.deepcopy(net).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(net.parameters(), 1e-4, momentum=0.9, fused=where.device.type == "cuda")
         if where.precision == "bfloat16":
             net, teacher = Autocast(net, where.device), Autocast(teacher, where.device)

@@ -1,50 +1,35 @@
 """The command ``kdiga``: reproduce · train · audit · export · runs · data."""
 
-import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import nbformat
-import torch
 import typer
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from kdiga_nb import checkpoints, data, distributed, paths
+from kdiga_nb import data, paths
 from kdiga_nb import runs as runs_
-from kdiga_nb.artifacts import Experiment
-from kdiga_nb.attacks import PGD, AutoAttack
-from kdiga_nb.audit import COMPARES, plan, verdict
-from kdiga_nb.costs import ASSUMPTION, costs, disk_bytes
-from kdiga_nb.metrics import TestAccuracy
-from kdiga_nb.params import ParameterError, Radius, WalkthroughParams, parse_override, read
-from kdiga_nb.runs import (
-    Checkpoint,
-    Job,
-    Outcome,
-    StoreError,
-    check_writable,
-    default_workers,
-    environment,
-    graph_of,
-    list_store,
-    measure,
-    measured,
-    run_all,
-    run_key,
-    stored,
-    title,
-)
-from kdiga_nb.studies import EVERY
+from kdiga_nb.artifacts import EVERY
+from kdiga_nb.artifacts.costs import ASSUMPTION, costs, disk_bytes
+from kdiga_nb.artifacts.table import Experiment
+from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks.gradient import PGD
+from kdiga_nb.audit.measures import COMPARES, plan
+from kdiga_nb.audit.verdict import verdict
+from kdiga_nb.measures import TestAccuracy
+from kdiga_nb.notebooks import _run_notebooks, _Summary, artefact_names, load, model_of, scales
+from kdiga_nb.numerics import distributed
+from kdiga_nb.params import ParameterError, Radius, parse_override, read
+from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
+from kdiga_nb.runs.graph import Job, Outcome, default_workers, graph_of, run_all, title
+from kdiga_nb.runs.run import run_key
+from kdiga_nb.runs.store import check_writable, list_store, measure, stored
 
 app = typer.Typer(
     add_completion=False,
@@ -57,55 +42,6 @@ app = typer.Typer(
 def _fail(message: str, status: int = 2) -> typer.Exit:
     typer.echo(message, err=True)
     return typer.Exit(status)
-
-
-def scales() -> list[str]:
-    """The folders of ``params/``."""
-    return sorted(path.name for path in paths.PARAMS.iterdir() if path.is_dir())
-
-
-def notebook_parameters(notebook: Path) -> set[str]:
-    """The names that a notebook's ``parameters`` cell assigns."""
-    import ast
-
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            tree = ast.parse(cell.source)
-            targets = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
-            targets += [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-            return {target.id for target in targets if isinstance(target, ast.Name)}
-    return set()
-
-
-def artefact_names(scale: str) -> list[str]:
-    """The notebooks that a scale has parameter files for, in reading order."""
-    order = [*EVERY, "walkthrough"]
-    found = {path.stem for path in (paths.PARAMS / scale).glob("*.yaml")}
-    return [name for name in order if name in found]
-
-
-def model_of(name: str) -> type[BaseModel]:
-    """The parameters' model of a notebook."""
-    return EVERY[name].params if name in EVERY else WalkthroughParams
-
-
-def load(scale: str, name: str, overrides: dict[str, Any]) -> Experiment | None:
-    """The experiment of an artefact at a scale, its parameter file checked; None for a notebook that only explains.
-
-    Overrides that the notebook has no parameter for are left out.
-
-    Raises:
-        ParameterError: a key or value that cannot be used.
-    """
-    path = paths.params(scale, name)
-    known = notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb")
-    params: Any = read(model_of(name), path, {key: value for key, value in overrides.items() if key in known})
-    foreign = set(type(params).model_fields) - known
-    if foreign:
-        raise ParameterError(f"notebooks/{name}.ipynb: {', '.join(sorted(foreign))}: not in its parameters cell")
-    if params.scale != scale:
-        raise ParameterError(f"params/{scale}/{path.name}: scale: must be {scale}, got {params.scale!r}")
-    return EVERY[name].build(params) if name in EVERY else None
 
 
 def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
@@ -169,13 +105,6 @@ def _executor(address: str | None, stack: ExitStack) -> Executor | None:
         problem = f"{crowded[0]} has several threads" if crowded else "there are none"
         raise _fail(f"--executor: workers of one thread each are needed (dask worker --nthreads 1): {problem}", 1)
     return stack.enter_context(client.get_executor(pure=False))
-
-
-@dataclass
-class _Summary:
-    made: list[str]
-    cached: list[str]
-    failed: dict[str, str]
 
 
 @app.command()
@@ -275,77 +204,6 @@ def _train_and_measure(
             return run_all(todo, workers=workers, device=device, executor=executor, progress=progress)
         except StoreError as error:
             raise _fail(str(error), 1) from None
-
-
-def _run_notebooks(
-    scale: str, experiments: dict[str, Experiment | None], overrides: dict[str, Any], workers: int, again: bool
-) -> _Summary:
-    """Each notebook in a papermill process of its own; one that fails leaves its output and stops no other."""
-    home = paths.executed(scale)
-    inputs = {name: _inputs(scale, name, found, overrides) for name, found in experiments.items()}
-    cached = [name for name in inputs if not again and _is_current(scale, name, inputs[name])]
-    summary = _Summary([], cached, {})
-    todo = [name for name in inputs if name not in cached]
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="notebooks", disable=not todo) as bar:
-        futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in todo}
-        for future in as_completed(futures):
-            name, reason = futures[future], future.result()
-            if reason:
-                summary.failed[name] = reason
-            else:
-                summary.made.append(name)
-                _stamp(scale, name, inputs[name])
-            bar.update()
-            bar.set_postfix_str(name)
-    return summary
-
-
-def _inputs(scale: str, name: str, experiment: Experiment | None, overrides: dict[str, Any]) -> str:
-    """A hash of everything a notebook's output follows from: its cells, the parameters, the code, the measures."""
-    cells = [cell.source for cell in nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells]
-    jobs = experiment.jobs() if experiment else []
-    results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
-    code = [path.read_text() for path in sorted((paths.ROOT / "kdiga_nb").rglob("*.py"))]
-    keys = [run_key(job.run) for job in jobs]
-    versions = environment(torch.device("cpu"))
-    parts = [cells, paths.params(scale, name).read_text(), overrides, keys, results, code, versions]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _outputs(scale: str, name: str) -> dict[str, str]:
-    """The artefact's files and their sha256."""
-    found = [path for pattern in (f"{name}.*", f"{name}_*.*") for path in paths.figures(scale).glob(pattern)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
-
-
-def _is_current(scale: str, name: str, inputs: str) -> bool:
-    """Whether the executed notebook there came from the same inputs and its artefact's files are as it left them."""
-    try:
-        executed = nbformat.read(paths.executed(scale) / f"{name}.ipynb", as_version=4)
-    except (OSError, ValueError):
-        return False
-    return executed.metadata.get("kdiga") == {"inputs": inputs, "outputs": _outputs(scale, name)}
-
-
-def _stamp(scale: str, name: str, inputs: str) -> None:
-    path = paths.executed(scale) / f"{name}.ipynb"
-    executed = nbformat.read(path, as_version=4)
-    executed.metadata["kdiga"] = {"inputs": inputs, "outputs": _outputs(scale, name)}
-    nbformat.write(executed, path)
-
-
-def _papermill(scale: str, name: str, overrides: dict[str, Any], home: Path) -> str | None:
-    """Run one notebook; the reason if it failed."""
-    command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(home / f"{name}.ipynb")]
-    command += ["-f", str(paths.params(scale, name)), "--no-progress-bar", "--no-log-output", "-k", "python3"]
-    for key in overrides.keys() & model_of(name).model_fields.keys():
-        value = overrides[key]
-        command += ["-y", json.dumps({key: value})]
-    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-    if finished.returncode == 0:
-        return None
-    lines = [line for line in finished.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"papermill ended with status {finished.returncode}"
 
 
 def _print_summary(outcome: Outcome, summary: _Summary, scale: str, seconds: float) -> None:

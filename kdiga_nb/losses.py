@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdiga_nb import distributed
-from kdiga_nb.operators import twice_differentiable
+from kdiga_nb.numerics import distributed
+from kdiga_nb.numerics.double_backward import twice_differentiable
 
 NORMS = ("per_sample", "batch")
 

@@ -15,28 +15,21 @@ parameter files, run keys and tests follow.
 """
 
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import SignAscent, frozen
-from kdiga_nb.losses import (
-    NORMS,
-    cross_entropy,
-    distillation_kl,
-    gradient_distance,
-    input_gradient,
-    logit_gradients,
-)
+from kdiga_nb.attacks.gradient import SignAscent
+from kdiga_nb.losses import NORMS, cross_entropy, distillation_kl, gradient_distance, input_gradient, logit_gradients
+from kdiga_nb.numerics.scopes import frozen
+from kdiga_nb.teacher import CachedTeacher
 
 Terms = dict[str, Tensor]
 REDUCTIONS = ("batchmean", "mean")
 TARGETS = ("clean", "adversarial")
 ALIGNMENTS = ("loss", "logits")
-
 # The choices the paper leaves open (first) and what the authors' published code does.
 PRESETS: dict[str, dict[str, str]] = {
     "paper": {"norm": "per_sample", "kl_reduction": "batchmean", "target": "clean"},
@@ -77,7 +70,7 @@ def _teacher(teacher: nn.Module | None) -> nn.Module:
 
 def _logits(teacher: nn.Module | None, x: Tensor) -> Tensor:
     """f_t(x), (B, N), without a graph."""
-    if isinstance(teacher, KnownTeacher) and (rows := teacher.rows(x)) is not None:
+    if isinstance(teacher, CachedTeacher) and (rows := teacher.rows(x)) is not None:
         return teacher.logits[rows]
     with torch.no_grad():
         return _teacher(teacher)(x)
@@ -85,55 +78,11 @@ def _logits(teacher: nn.Module | None, x: Tensor) -> Tensor:
 
 def _gradient(teacher: nn.Module | None, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """g_t (B, C, H, W) and f_t(x) (B, N), without a graph."""
-    if isinstance(teacher, KnownTeacher):
+    if isinstance(teacher, CachedTeacher):
         rows = teacher.rows(x)
         if rows is not None and torch.equal(teacher.labels[rows], y):
             return teacher.gradients[rows], teacher.logits[rows]
     return input_gradient(_teacher(teacher), x, y)
-
-
-class KnownTeacher(nn.Module):
-    """A frozen teacher that is asked about the same images in every epoch, and works each answer out once.
-
-    Without augmentation a teacher's logits and input gradients at the training images never change. They are computed
-    in batches of fixed order, so they do not depend on where a training was interrupted, and found again by the
-    image's pixels; any other image, an attacked one for instance, goes through the net. For images on the CPU: looking
-    at pixels would make a GPU wait.
-    """
-
-    def __init__(self, teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int):
-        super().__init__()
-        self.teacher = teacher
-        self.labels = labels
-        self._batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
-        self._row = {pixels: row for row, pixels in enumerate(_pixels(images))}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N)."""
-        return self.teacher(x)
-
-    def rows(self, x: Tensor) -> Tensor | None:
-        """Where the images (B, C, H, W) stand in the table, (B,); None if one of them does not."""
-        found = [self._row.get(pixels) for pixels in _pixels(x)]
-        return None if None in found else torch.tensor(found)
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """f_t of the table's images, (n, N)."""
-        with torch.no_grad():
-            return torch.cat([self.teacher(x) for x, _ in self._batches])
-
-    @cached_property
-    def gradients(self) -> Tensor:
-        """g_t of the table's images and labels, (n, C, H, W)."""
-        return torch.cat([input_gradient(self.teacher, x, y)[0] for x, y in self._batches])
-
-
-def _pixels(images: Tensor) -> list[bytes]:
-    """Each image's pixels as bytes, which compare and hash by value."""
-    raw = images.detach().contiguous().numpy().tobytes()
-    length = len(raw) // max(len(images), 1)
-    return [raw[start : start + length] for start in range(0, len(raw), length)]
 
 
 def _reduced(kl: Tensor, reduction: str, classes: int) -> Tensor:
@@ -324,8 +273,8 @@ class TRADES(Method):
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
         with frozen(student):
             with torch.no_grad():
-                still = student(x)
-            x_adv = self.attack.perturb(lambda images: distillation_kl(student(images), still), x)
+                clean_logits = student(x)
+            x_adv = self.attack.perturb(lambda images: distillation_kl(student(images), clean_logits), x)
         logits = student(x)
         return {
             "cross_entropy": cross_entropy(logits, y).mean(),

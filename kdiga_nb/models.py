@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdiga_nb.operators import use_operators
+from kdiga_nb.numerics.double_backward import use_operators
 
 ImageShape = tuple[int, int, int]
 

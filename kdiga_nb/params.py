@@ -15,12 +15,14 @@ from typing import Annotated, Any, Self, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from kdiga_nb import checkpoints, paths
+from kdiga_nb import paths
 from kdiga_nb.data import DATASETS
 from kdiga_nb.losses import NORMS
 from kdiga_nb.methods import PRESETS
 from kdiga_nb.models import MODELS
-from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS, resolve_device
+from kdiga_nb.numerics.scopes import resolve_device
+from kdiga_nb.runs import checkpoints
+from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS
 
 P = TypeVar("P", bound=BaseModel)
 
@@ -32,7 +34,7 @@ EXPLORED = {
     "kdiga": "KDIGA",
     "ard": "ARD",
     "kdiga_ard_a": "KDIGA-ARD_A",
-    "pgd7_student": "PGD adversarial training",
+    "pgd_student": "PGD adversarial training",
     "trades_student": "TRADES",
     "isd_wot": "ISD without teacher (WoT)",
     "isd_wit": "ISD with teacher (WiT)",
@@ -204,8 +206,8 @@ class ExploreParams(IsdParams):
     """The explorer: what is trained and measured for it beside the tables' runs, and where its controls start."""
 
     wit_loops: Count = 3
-    plain_loops: Count = 3
-    plain_wit_loops: Count = 2
+    loops_without_dropout: Count = 3
+    wit_loops_without_dropout: Count = 2
     sweep: list[Weight] = [0.5, 8.0, 32.0]
     radii: list[Radius] = [0.025, 0.05, 0.15, 0.2]
     llm_images: Count = 100
@@ -273,7 +275,7 @@ class AuditParams(Table1Params):
 class IsdAutoAttackParams(Table1Params):
     """Iterative self-distillation under AutoAttack, loop by loop."""
 
-    no_dropout_loops: Count = 3
+    loops_without_dropout: Count = 3
     apgd_images: Count = 100
     long_steps: Count = 1000
     long_images: Count = 40

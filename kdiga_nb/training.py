@@ -11,22 +11,23 @@ in channels-last order, the optimiser is fused, matrix products use TF32, and th
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb import distributed
-from kdiga_nb.attacks import PGD, Attack, frozen
+from kdiga_nb.attacks import Attack
+from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Feed, Shard, Split
-from kdiga_nb.memory import is_out_of_memory, keep_pages, release, return_pages
-from kdiga_nb.methods import KnownTeacher, Method
+from kdiga_nb.methods import Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
-from kdiga_nb.operators import still
+from kdiga_nb.numerics import distributed
+from kdiga_nb.numerics.memory import is_out_of_memory, release
+from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device
+from kdiga_nb.teacher import prepared_teacher
 
 CHECK_EVERY = 50  # steps on a GPU between two looks at whether the terms are finite: each look waits for the GPU
 PRECISIONS = ("float32", "bfloat16")
@@ -197,70 +198,6 @@ def _slot(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) ->
 Callback = Callable[[TrainingState], None]
 
 
-def resolve_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; ``None`` or "auto" is the GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: a device that is not there.
-    """
-    if not isinstance(device, str | torch.device | None):
-        raise ValueError(f"device must be a name, got {device!r}")
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} is not there: {reason}; use cpu, cuda or auto") from error
-    return resolved
-
-
-def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The net on the device, in the memory order that is fastest there."""
-    model.to(device)
-    if device.type == "cuda":
-        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
-    return model
-
-
-@contextmanager
-def computing(image_shape: tuple[int, int, int], device: torch.device | None = None) -> Iterator[None]:
-    """How numbers are computed: TF32 on a GPU; on the CPU freed memory at hand, and one thread for the digits.
-
-    A second thread gives a step of theirs 3 to 20 % (benchmarks/steps.py), a second process, which ``reproduce`` has,
-    far more; and sums that are split over threads differ in their last bits from machine to machine.
-    """
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    on_gpu, tiny = device is not None and device.type == "cuda", image_shape[1] * image_shape[2] <= 64
-    try:
-        if on_gpu:
-            torch.set_float32_matmul_precision("high")
-        else:
-            keep_pages()
-            torch.set_num_threads(1 if tiny else threads)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
-        if not on_gpu and not tiny:  # the digits' few MB stay: giving them back would cost the explorer's moves
-            return_pages()
-
-
-class Autocast(nn.Module):
-    """A net whose forward pass, and with it every gradient through it, runs in bf16; its logits are fp32 again."""
-
-    def __init__(self, model: nn.Module, device: torch.device):
-        super().__init__()
-        self.model, self.kind = model, device.type
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in fp32 -> logits (B, N) in fp32."""
-        with torch.autocast(self.kind, torch.bfloat16):
-            logits = self.model(x)
-        return logits.float()
-
-
 def train_step(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -381,16 +318,14 @@ def train(
     if resume is not None:
         state.restore(*resume)
     saver = _Saver(save, save_seconds)
-    with computing(data.image_shape, where), torch.random.fork_rng(), _still(teacher, feed, schedule) as teacher:
+    inputs_repeat = not schedule.augment and schedule.precision == "float32"
+    prepared = prepared_teacher(teacher, feed, schedule.batch_size, inputs_repeat=inputs_repeat)
+    with computing(data.image_shape, where), torch.random.fork_rng(), prepared as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
             row = _epoch(state, teacher, feed, schedule, seed, saver)
             state.epoch += 1
-            score = _score(student, data, schedule, row)
-            if score >= state.best_score:
-                state.best_score, state.history.selected_epoch = score, state.epoch
-                if schedule.selection != "last":
-                    state.best = {k: v.detach().clone() for k, v in student.state_dict().items()}
+            _select(state, data, schedule, row)
             row["seconds"] = time.perf_counter() - started
             state.history.rows.append(row)
             saver(state)
@@ -400,33 +335,6 @@ def train(
         student.load_state_dict(state.best)
     student.eval()
     return state.history
-
-
-@contextmanager
-def _still(teacher: nn.Module | None, feed: Feed, schedule: Schedule) -> Iterator[nn.Module | None]:
-    """The teacher on the device, in eval mode and without parameter gradients, for the length of a training.
-
-    One that would be asked the same in every epoch keeps its answers; of another a folded copy is asked, which is the
-    same function to rounding.
-    """
-    if teacher is None:
-        yield None
-        return
-    with frozen(placed(teacher, feed.device)):
-        if _repeats(feed, schedule):
-            yield KnownTeacher(teacher, *feed.split, schedule.batch_size)
-        else:
-            _, channels, height, width = feed.split.images.shape
-            yield still(teacher, (channels, height, width))
-
-
-def _repeats(feed: Feed, schedule: Schedule) -> bool:
-    """Whether a teacher is asked the same in every epoch, about few enough images to keep the answers."""
-    if schedule.augment or feed.photographs is not None or schedule.precision != "float32":
-        return False
-    images = feed.split.images
-    small = images.numel() * images.element_size() <= 64 * 2**20
-    return small and images.is_floating_point() and images.device.type == "cpu"
 
 
 class _Saver:
@@ -516,9 +424,6 @@ def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
         torch.manual_seed((at * 1009 + state.step) * 1009 + feed.shard.rank)
 
 
-# ---- memory ----
-
-
 def _advance_in_memory(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -564,6 +469,15 @@ def _largest_that_fits(
             if not is_out_of_memory(error):
                 raise
     return 0
+
+
+def _select(state: TrainingState, data: Data, schedule: Schedule, row: dict[str, float]) -> None:
+    """Score the finished epoch, and keep its weights if it is the best so far."""
+    score = _score(state.student, data, schedule, row)
+    if score >= state.best_score:
+        state.best_score, state.history.selected_epoch = score, state.epoch
+        if schedule.selection != "last":
+            state.best = {k: v.detach().clone() for k, v in state.student.state_dict().items()}
 
 
 def _score(student: nn.Module, data: Data, schedule: Schedule, row: dict[str, float]) -> float:

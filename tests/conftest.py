@@ -17,12 +17,12 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import explore
+from kdiga_nb.artifacts.explore import explore
 from kdiga_nb.data import Augmentation, Data, Split, load_data
 from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
 from kdiga_nb.params import ExploreParams, read
-from kdiga_nb.runs import run_all
+from kdiga_nb.runs.graph import run_all
 from kdiga_nb.training import Schedule, train
 
 # A copy of the real data sets and of published weights that may lie beside the checkout.

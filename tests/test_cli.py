@@ -17,12 +17,14 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts import table5
-from kdiga_nb.cli import app, artefact_names, notebook_parameters
+from kdiga_nb.artifacts import EVERY
+from kdiga_nb.artifacts.paper import table5
+from kdiga_nb.cli import app
+from kdiga_nb.notebooks import artefact_names, notebook_parameters
 from kdiga_nb.params import Table1Params, Table5Params, read
-from kdiga_nb.report import COLUMNS
-from kdiga_nb.runs import ancestors, list_store, run_key
-from kdiga_nb.studies import EVERY
+from kdiga_nb.report.numbers import COLUMNS
+from kdiga_nb.runs.run import ancestors, run_key
+from kdiga_nb.runs.store import list_store
 
 SMOKE = paths.PARAMS / "smoke"
 
@@ -87,7 +89,7 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["reproduce", "--scale", "smoke", "--set", "milestones=[7]"], "milestones: must rise"),
         (["train", str(SMOKE / "table5.yaml"), "--row", "kdigo"], "row must be one of kdiga_fgsm, .*, got 'kdigo'"),
         (["train", str(SMOKE / "table5.yaml"), "--set", "seeds=[]"], "seeds: .*at least 1 item"),
-        (["train", str(SMOKE / "table2.yaml"), "--row", "kdiga_vit_b16_resnet18"], "has no net at this scale"),
+        (["train", str(SMOKE / "table2.yaml"), "--row", "kdiga_vit_base_to_cnn"], "has no net at this scale"),
         (["train", "somewhere/table5.yaml"], "there is no such file"),
         (["train", "somewhere/other.yaml"], "the file's name must be one of figure1"),
     ],
@@ -167,7 +169,7 @@ def test_an_empty_store_is_listed_too():
 
 def test_training_that_fails_names_the_run_and_why():
     diverging = ["--set", "learning_rate=1e30", "--set", "clip_norm=0", "--set", "vit_epochs=1"]
-    result = kdiga("train", str(SMOKE / "table2.yaml"), "--row", "st_resnet18", "--jobs", "1", *diverging)
+    result = kdiga("train", str(SMOKE / "table2.yaml"), "--row", "st_cnn", "--jobs", "1", *diverging)
     assert result.exit_code == 1
     assert "0 made, 0 cached, 1 failed" in result.stdout
     assert "the term cross_entropy is" in result.stdout

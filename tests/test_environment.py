@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from kdiga_nb import __version__
 from kdiga_nb.paths import ROOT
-from kdiga_nb.report import show
+from kdiga_nb.report.numbers import show
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())

@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from kdiga_nb.attacks import PGD
+from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
 from kdiga_nb.methods import KDIGA, ST, TRADES
-from kdiga_nb.runs import Checkpoint, Run, ancestors, load_or_train, run_key
+from kdiga_nb.runs import Checkpoint
+from kdiga_nb.runs.run import Run, ancestors, run_key
+from kdiga_nb.runs.store import load_or_train
 from kdiga_nb.training import Schedule
 
 SCHEDULE = Schedule(2, batch_size=256, learning_rate=0.08, policy="one_cycle", augment=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax, softmax
 from torch.nn.functional import cross_entropy as mean_cross_entropy
 
-from kdiga_nb.attacks import FGSM, PGD, frozen
+from kdiga_nb.attacks.gradient import FGSM, PGD
 from kdiga_nb.data import Split
 from kdiga_nb.losses import distillation_kl, gradient_distance, input_gradient, logit_gradients
 from kdiga_nb.methods import (
@@ -27,13 +27,14 @@ from kdiga_nb.methods import (
     PRESETS,
     ST,
     TRADES,
-    KnownTeacher,
     Method,
     Terms,
     effective_lambda_iga,
     with_preset,
 )
 from kdiga_nb.models import build_model
+from kdiga_nb.numerics.scopes import frozen
+from kdiga_nb.teacher import CachedTeacher
 from kdiga_nb.training import train_step
 
 ATTACK = PGD(0.1, 0.04, 3)
@@ -218,9 +219,9 @@ def expected_at(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
 
 
 def expected_trades(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
-    still = s(b.images).detach()
+    clean_logits = s(b.images).detach()
     torch.manual_seed(0)
-    x_adv = ATTACK.perturb(lambda images: distillation_kl(s(images), still), b.images)
+    x_adv = ATTACK.perturb(lambda images: distillation_kl(s(images), clean_logits), b.images)
     return expected_st(s, t, b) | {"consistency": 6 * mean_kl(s(x_adv), s(b.images))}
 
 
@@ -585,7 +586,7 @@ def test_a_known_teacher_answers_as_the_net_does():
     torch.manual_seed(0)
     net = build_model("digits_small", num_classes=10, image_shape=(1, 8, 8)).eval().requires_grad_(False)
     images, labels = torch.rand(10, 1, 8, 8), torch.arange(10)
-    known = KnownTeacher(net, images, labels, batch_size=4)
+    known = CachedTeacher(net, images, labels, batch_size=4)
     order = torch.tensor([7, 2, 2, 9])
     rows = known.rows(images[order])
     assert rows is not None and rows.tolist() == order.tolist()
@@ -601,7 +602,7 @@ def test_a_known_teacher_changes_no_term(shown: bool):
     student, net = (build_model("digits_small", num_classes=10, image_shape=(1, 8, 8)) for _ in range(2))
     net.eval().requires_grad_(False)
     images, labels = torch.rand(12, 1, 8, 8), torch.arange(12) % 10
-    known = KnownTeacher(net, images, labels, batch_size=12)
+    known = CachedTeacher(net, images, labels, batch_size=12)
     x = images if shown else (images + 0.01).clamp(max=1)
     # Another label than the table's changes the gradient that is asked for.
     for y in (labels, (labels + 1) % 10):

@@ -14,22 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb import attacks
-from kdiga_nb.attacks import FGSM, PGD, AutoAttack, batch_that_fits, in_batches
-from kdiga_nb.audit import LossPGD
+from kdiga_nb.attacks import Attack
+from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks.gradient import FGSM, PGD
+from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy
-from kdiga_nb.metrics import (
-    Bounds,
-    Measure,
-    TestAccuracy,
-    accuracy,
-    bound_terms,
-    first_images,
-    local_linearity,
-    measured_gap,
-    proportion,
-)
+from kdiga_nb.measures import Bounds, Measure, TestAccuracy, first_images
+from kdiga_nb.metrics import accuracy, bound_terms, local_linearity, measured_gap, proportion
+from kdiga_nb.numerics import batches
+from kdiga_nb.numerics.batches import batch_that_fits, in_batches
 from kdiga_nb.paths import ROOT
 
 Nets = tuple[nn.Module, nn.Module]
@@ -150,7 +144,7 @@ def counted_net() -> nn.Module:
 def test_a_batch_takes_a_third_of_the_free_memory(
     free: int, nets: int, copies: int, fits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attacks, "free_memory", lambda device: free)
+    monkeypatch.setattr(batches, "free_memory", lambda device: free)
     models = [counted_net() for _ in range(nets)]
     seen = []
 
@@ -175,8 +169,8 @@ def test_counting_a_nets_memory_draws_no_random_numbers() -> None:
 def test_memory_that_is_kept_at_hand_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """What looks scarce is looked at again once the pages of freed memory were given back."""
     free = [3 * 1280 * 2]
-    monkeypatch.setattr(attacks, "free_memory", lambda device: free[-1])
-    monkeypatch.setattr(attacks, "trim", lambda: free.append(3 * 1280 * 7))
+    monkeypatch.setattr(batches, "free_memory", lambda device: free[-1])
+    monkeypatch.setattr(batches, "trim", lambda: free.append(3 * 1280 * 7))
     assert batch_that_fits([counted_net()], torch.rand(50, 1, 8, 8), 2) == 2 and len(free) == 1
     assert batch_that_fits([counted_net()], torch.rand(50, 1, 8, 8), 50) == 7 and len(free) == 2
 
@@ -184,8 +178,9 @@ def test_memory_that_is_kept_at_hand_counts_as_free(monkeypatch: pytest.MonkeyPa
 HELD = """
 import re, torch
 from pathlib import Path
-from kdiga_nb import attacks
-from kdiga_nb.attacks import PGD, batch_that_fits
+from kdiga_nb.numerics import batches
+from kdiga_nb.numerics.batches import batch_that_fits
+from kdiga_nb.attacks import PGD
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import build_model
 torch.set_num_threads(1)
@@ -193,7 +188,7 @@ net = build_model("preact_resnet18", num_classes=10, image_shape=(3, 32, 32)).ev
 x, y = torch.rand(200, 3, 32, 32), torch.randint(10, (200,))
 attack, limit = PGD(0.1, 0.05, 1), 400_000_000
 accuracy(net, x[:2], y[:2], attack=attack)
-attacks.free_memory = lambda device: limit
+batches.free_memory = lambda device: limit
 fits = batch_that_fits([net], x, 200)
 # Not ru_maxrss, which begins with what the process that started this one held.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -243,7 +238,7 @@ class Recording(nn.Module):
         (AutoAttack(0.1, "square"), 0),
     ],
 )
-def test_verdicts_are_in_full_precision(attack: attacks.Attack | None, checks: int) -> None:
+def test_verdicts_are_in_full_precision(attack: Attack | None, checks: int) -> None:
     net, (x, y) = Recording().eval(), (torch.rand(5, 1, 2, 2), torch.arange(5))
     torch.set_float32_matmul_precision("high")
     try:

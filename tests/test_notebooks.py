@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from kdiga_nb.artifacts import EVERY
 from kdiga_nb.paths import NOTEBOOKS, PARAMS
-from kdiga_nb.studies import EVERY
 
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from kdiga_nb.artifacts import EVERY
 from kdiga_nb.params import (
     ParameterError,
     Params,
@@ -24,7 +25,6 @@ from kdiga_nb.params import (
     read,
 )
 from kdiga_nb.paths import NOTEBOOKS, PARAMS
-from kdiga_nb.studies import EVERY
 
 FILES = sorted(PARAMS.glob("*/*.yaml"))
 SCALES = sorted(path.name for path in PARAMS.iterdir())

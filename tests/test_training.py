@@ -17,24 +17,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import PGD
+from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy
 from kdiga_nb.methods import ARD, AT, IGAM, KD, KDIGA, ST, TRADES, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import build_model
+from kdiga_nb.numerics.scopes import Autocast, resolve_device
 from kdiga_nb.paths import ROOT
-from kdiga_nb.training import (
-    Autocast,
-    History,
-    Schedule,
-    TrainingError,
-    TrainingState,
-    begin,
-    resolve_device,
-    train,
-    train_step,
-)
+from kdiga_nb.training import History, Schedule, TrainingError, TrainingState, begin, train, train_step
 
 ATTACK = PGD(0.1, 0.05, 2)
 Weights = dict[str, Tensor]

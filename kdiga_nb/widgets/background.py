@@ -13,19 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from kdiga_nb.runs import (
-    Job,
-    ancestors,
-    end_with_parent,
-    epochs_done,
-    is_finished,
-    load_or_train,
-    run_all,
-)
+from kdiga_nb.runs.graph import Job, end_with_parent, run_all
+from kdiga_nb.runs.run import ancestors
+from kdiga_nb.runs.store import epochs_done, is_finished, load_or_train
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a training is: epochs and measurements done and to do, seconds so far, seconds left if known."""
 
     done: int
@@ -61,12 +55,12 @@ class Training:
         return trained + sum(job.is_done() for job in self._measures)
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainingProgress:
         """Read from the store."""
         done, seconds = self._done(), time.perf_counter() - self._started
         made = done - self._before
         left = seconds / made * (self._total - done) if made else None
-        return Progress(done, self._total, seconds, left)
+        return TrainingProgress(done, self._total, seconds, left)
 
     @property
     def is_running(self) -> bool:

@@ -25,10 +25,9 @@ from matplotlib.transforms import ScaledTranslation
 
 from kdiga_nb.metrics import Accuracy
 from kdiga_nb.params import radius_text
-from kdiga_nb.report import PALETTE
+from kdiga_nb.report.figures import PALETTE
 from kdiga_nb.widgets.views import (
     Array,
-    Data,
     GradientMaps,
     Loops,
     Net,
@@ -36,6 +35,7 @@ from kdiga_nb.widgets.views import (
     Surface,
     TradeOff,
     UnderAttack,
+    ViewData,
     pretty,
 )
 
@@ -67,7 +67,7 @@ class _Canvas(FigureCanvasAgg):
         return self._own.renderer
 
 
-def draw(data: Data) -> Figure:
+def draw(data: ViewData) -> Figure:
     """The figure of a view's data."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(SIZE, dpi=DPI)
@@ -177,7 +177,7 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _pgd(data: Data) -> str:
+def _pgd(data: ViewData) -> str:
     return f"pgd{data.state.params.pgd_steps}"
 
 
@@ -485,7 +485,7 @@ def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) 
 # ---- as a table ----
 
 
-def table(data: Data) -> pd.DataFrame:
+def table(data: ViewData) -> pd.DataFrame:
     """The numbers behind a view, for readers without a kernel and for screen readers."""
     match data:
         case TradeOff() | UnderAttack():

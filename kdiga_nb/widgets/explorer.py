@@ -15,14 +15,18 @@ import ipywidgets as ipw
 import yaml
 
 from kdiga_nb import paths, runs
-from kdiga_nb.artifacts import CHAINS, Point, Row, reference_teacher
+from kdiga_nb.artifacts.explore import CHAINS, Point, reference_teacher
+from kdiga_nb.artifacts.table import Row
 from kdiga_nb.data import load_data
 from kdiga_nb.models import MODELS
 from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, radius_text, read
-from kdiga_nb.runs import Job, Run, StoreError, is_finished
-from kdiga_nb.widgets.background import Progress, Training
+from kdiga_nb.runs import StoreError
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run
+from kdiga_nb.runs.store import is_finished
+from kdiga_nb.widgets.background import Training, TrainingProgress
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
-from kdiga_nb.widgets.views import Data, State, compute, is_empty, missing, words
+from kdiga_nb.widgets.views import State, ViewData, compute, is_empty, missing, words
 
 log = logging.getLogger("kdiga")
 
@@ -80,6 +84,12 @@ def scales() -> list[str]:
     return sorted(path.parent.name for path in paths.PARAMS.glob("*/explore.yaml"))
 
 
+def _freeze_garbage() -> None:
+    """Exclude what is imported by now from garbage collection: a full collection takes 200 ms every few pictures."""
+    gc.collect()
+    gc.freeze()
+
+
 class Explorer:
     """λ_IGA, ε and loop count by hand.
 
@@ -92,11 +102,12 @@ class Explorer:
 
     def __init__(self, params: ExploreParams) -> None:
         self.params = params
-        self.data: Data | None = None
+        self.data: ViewData | None = None
         self.training: Training | None = None
         self._state = State.start(params)
         self._busy = False  # while the controls are set by code, their handlers do nothing
         self._lock = threading.RLock()  # a training that ends redraws from its own thread
+        _freeze_garbage()
         self._build()
         self._take(self._state)
         self.refresh()
@@ -370,7 +381,7 @@ class Explorer:
             else:
                 self._say(f"Trained and measured in {done.seconds:.0f} s; the result is in the run store.")
 
-    def _report(self, progress: Progress) -> None:
+    def _report(self, progress: TrainingProgress) -> None:
         self.bar.max, self.bar.value = max(progress.total, 1), progress.done
         left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
         steps = f"{progress.done} of {progress.total} epochs and measurements"

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb import runs
-from kdiga_nb.artifacts import CHAINS, Point, Row, explored, reference_teacher
-from kdiga_nb.attacks import PGD
+from kdiga_nb.artifacts.explore import CHAINS, Point, explored, reference_teacher
+from kdiga_nb.artifacts.table import Row
+from kdiga_nb.attacks.gradient import evaluation_pgd
 from kdiga_nb.data import load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound
-from kdiga_nb.operators import still
+from kdiga_nb.numerics.folding import folded_copy
+from kdiga_nb.numerics.scopes import computing
 from kdiga_nb.params import ExploreParams, radius_text
-from kdiga_nb.runs import Run, measured, run_key
-from kdiga_nb.training import computing
+from kdiga_nb.runs.run import Run, run_key
+from kdiga_nb.runs.store import measured
 
 Array = np.ndarray[Any, Any]
 
@@ -233,10 +235,10 @@ class OneImage:
     surfaces: tuple[Surface, Surface] | None = None
 
 
-Data = TradeOff | UnderAttack | Loops | OneImage
+ViewData = TradeOff | UnderAttack | Loops | OneImage
 
 
-def compute(state: State) -> Data:
+def compute(state: State) -> ViewData:
     """The data of the state's view.
 
     Raises:
@@ -293,7 +295,7 @@ def _at_hand(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | No
 @lru_cache(maxsize=16)
 def _evaluated(source: runs.Source, shape: tuple[int, int, int], written: tuple[int, ...]) -> nn.Module:
     """Loaded and checked once, and again when its files were ``written`` anew."""
-    return still(runs.load(source) if isinstance(source, Run) else runs.load_or_train(source), shape)
+    return folded_copy(runs.load(source) if isinstance(source, Run) else runs.load_or_train(source), shape)
 
 
 def _images(state: State, count: int) -> tuple[Tensor, Tensor]:
@@ -313,7 +315,7 @@ def _pixels(images: Tensor) -> Array:
 def _gallery(state: State, student: nn.Module, teacher: nn.Module, name: str) -> Gallery:
     x, y = _images(state, GALLERY)
     steps = state.params.pgd_steps
-    pgd = PGD(state.epsilon, 2 * state.epsilon / steps, steps)
+    pgd = evaluation_pgd(state.epsilon, steps)
     x_adv = pgd(student, x, y, generator=torch.Generator().manual_seed(EVALUATION_SEED))
     with torch.no_grad():
         clean, attacked = student(x), student(x_adv)
@@ -393,7 +395,7 @@ def _surfaces(state: State, models: Sequence[nn.Module], x: Tensor, y: Tensor) -
     return found
 
 
-_COMPUTE: dict[str, Callable[[State], Data]] = {
+_COMPUTE: dict[str, Callable[[State], ViewData]] = {
     "lambda": _trade_off,
     "epsilon": _under_attack,
     "loops": _loops,
@@ -420,7 +422,7 @@ def is_empty(state: State) -> bool:
     return not any(runs.is_finished(state.row(point).runs[0]) for point in points)
 
 
-def words(data: Data) -> str:
+def words(data: ViewData) -> str:
     """The controls' values and what was found, in one line of plain text."""
     state, chosen = data.state, data.chosen
     match data:

@@ -1,0 +1,94 @@
+"""Every artefact: the tables and the figure of the paper, the explorer, and the studies that the paper lacks."""
+
+from kdiga_nb.artifacts.explore import CHAINS, Point, explore, explored, reference_teacher
+from kdiga_nb.artifacts.paper import figure1, table1, table2, table3, table4, table5, table6
+from kdiga_nb.artifacts.studies import (
+    Effect,
+    Factor,
+    ablations,
+    audit_jobs,
+    audit_plan,
+    factors,
+    findings,
+    isd_autoattack,
+    main_effects,
+    pareto,
+    prop1_certified,
+    prop2_bound,
+    robustness_audit,
+    worth_of_test_selection,
+)
+from kdiga_nb.artifacts.table import Artifact, Cell, Experiment, Nets, PerSeed, Row
+from kdiga_nb.params import (
+    AblationParams,
+    AuditParams,
+    ExploreParams,
+    IsdAutoAttackParams,
+    ParetoParams,
+    Prop1Params,
+    Prop2Params,
+    Table1Params,
+    Table2Params,
+    Table3Params,
+    Table4Params,
+    Table5Params,
+    Table6Params,
+)
+
+ARTIFACTS: dict[str, Artifact] = {
+    "figure1": Artifact(Table1Params, figure1),
+    "table1": Artifact(Table1Params, table1),
+    "table2": Artifact(Table2Params, table2),
+    "table3": Artifact(Table3Params, table3),
+    "table4": Artifact(Table4Params, table4),
+    "table5": Artifact(Table5Params, table5),
+    "table6": Artifact(Table6Params, table6),
+    "explore": Artifact(ExploreParams, explore),
+}
+STUDIES: dict[str, Artifact] = {
+    "robustness_audit": Artifact(AuditParams, robustness_audit),
+    "isd_autoattack": Artifact(IsdAutoAttackParams, isd_autoattack),
+    "prop1_certified": Artifact(Prop1Params, prop1_certified),
+    "prop2_bound": Artifact(Prop2Params, prop2_bound),
+    "ablations": Artifact(AblationParams, ablations),
+    "pareto": Artifact(ParetoParams, pareto),
+}
+EVERY: dict[str, Artifact] = ARTIFACTS | STUDIES
+
+__all__ = [
+    "ARTIFACTS",
+    "CHAINS",
+    "EVERY",
+    "STUDIES",
+    "Artifact",
+    "Cell",
+    "Effect",
+    "Experiment",
+    "Factor",
+    "Nets",
+    "PerSeed",
+    "Point",
+    "Row",
+    "ablations",
+    "audit_jobs",
+    "audit_plan",
+    "explore",
+    "explored",
+    "factors",
+    "figure1",
+    "findings",
+    "isd_autoattack",
+    "main_effects",
+    "pareto",
+    "prop1_certified",
+    "prop2_bound",
+    "reference_teacher",
+    "robustness_audit",
+    "table1",
+    "table2",
+    "table3",
+    "table4",
+    "table5",
+    "table6",
+    "worth_of_test_selection",
+]

@@ -1,0 +1,240 @@
+"""The building blocks that tables and studies share: schedules, methods, runs per seed, cells."""
+
+from typing import Any
+
+from kdiga_nb.artifacts.table import Cell, Nets, PerSeed
+from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks.gradient import PGD, evaluation_pgd
+from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
+from kdiga_nb.measures import Measure, TestAccuracy
+from kdiga_nb.methods import ARD, AT, IGAM, KD, KDIGA, KDIGA_ARD_A, KDIGA_ARD_C, ST, TRADES, Method, with_preset
+from kdiga_nb.params import NONE, IsdParams, Params, Table1Params
+from kdiga_nb.runs import checkpoints
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run
+from kdiga_nb.training import Schedule
+
+
+def schedule_of(
+    params: Params,
+    epochs: int | None = None,
+    *,
+    learning_rate: float | None = None,
+    policy: str | None = None,
+    trainable: str = "all",
+) -> Schedule:
+    """The schedule of the parameters, with what is given here in place of their values."""
+    epochs = epochs or params.epochs
+    selection = "best_on_test" if params.preset == "author_code" else params.selection
+    return Schedule(
+        epochs=epochs,
+        batch_size=params.batch_size,
+        policy=policy or params.policy,
+        milestones=tuple(milestone for milestone in params.milestones if milestone < epochs),
+        compounding=params.preset != "author_code",
+        weight_decay=params.weight_decay,
+        clip_norm=params.clip_norm,
+        augment=params.augment,
+        selection=selection,
+        selection_epsilon=0.0 if selection == "last" else params.epsilon,
+        learning_rate=learning_rate or params.learning_rate,
+        trainable=trainable,
+        precision=params.precision,
+        images=params.train_images,
+    )
+
+
+def method_of(params: Params, method: type[Method], **fields: Any) -> Method:
+    """A distillation method with the weights, temperature and switches of the parameters."""
+    known = method.__dataclass_fields__  # pyright: ignore[reportAttributeAccessIssue]
+    shared: dict[str, Any] = {
+        "lambda_ce": params.lambda_ce,
+        "lambda_kl": params.lambda_kl,
+        "lambda_iga": params.lambda_iga,
+        "temperature": params.temperature,
+    }
+    if params.iga_norm != "preset":
+        shared["norm"] = params.iga_norm
+    return with_preset(method, params.preset, **({k: v for k, v in shared.items() if k in known} | fields))
+
+
+def training_attack(params: Params, steps: int | None = None) -> PGD:
+    """Adversarial training's attack: unless a step size is given, steps of ε/3 or longer, so that the last iterate can
+    reach the ball's surface."""
+    steps = steps or params.train_steps
+    return PGD(params.train_epsilon, params.train_step_size or params.train_epsilon / min(steps, 3), steps)
+
+
+def runs_per_seed(params: Params, method: Method, model: str | None = None, **changes: Any) -> PerSeed:
+    """The same training for every seed. Teachers and starting points in ``changes`` are per seed themselves."""
+    model = model or params.student
+    schedule = changes.pop("schedule", None) or schedule_of(params)
+    per_seed = {name: value for name, value in changes.items() if isinstance(value, tuple)}
+    fixed: dict[str, Any] = {"dataset": params.dataset} | {k: v for k, v in changes.items() if k not in per_seed}
+    return tuple(
+        Run(
+            model=model,
+            method=method,
+            schedule=schedule,
+            seed=seed,
+            **fixed,
+            **{name: value[index] for name, value in per_seed.items()},
+        )
+        for index, seed in enumerate(params.seeds)
+    )
+
+
+def standard_training(params: Params, model: str | None = None) -> PerSeed:
+    """Equation 1 for every seed."""
+    return runs_per_seed(params, ST(), model)
+
+
+def published_nets(params: Params, text: str, net: str) -> Nets:
+    """Published weights in the place of a training; the same for every seed."""
+    return (checkpoints.parse(text, f"{net}:{params.dataset}"),) * len(params.seeds)
+
+
+def teacher_schedule(params: Params) -> Schedule:
+    """The schedule of an adversarially trained teacher."""
+    return schedule_of(params, params.teacher_epochs, policy=params.teacher_policy)
+
+
+def trades_teacher(params: Params) -> Nets:
+    """The robust teacher of each seed: trained by TRADES, or published weights."""
+    if params.teacher_checkpoint:
+        return published_nets(params, params.teacher_checkpoint, params.teacher)
+    method = TRADES(training_attack(params), params.beta)
+    return runs_per_seed(params, method, params.teacher, schedule=teacher_schedule(params))
+
+
+def pgd_teacher(params: Params) -> PerSeed:
+    """The teacher architecture under PGD adversarial training."""
+    return runs_per_seed(params, pgd_training(params), params.teacher, schedule=teacher_schedule(params))
+
+
+def pgd_training(params: Params) -> AT:
+    """PGD adversarial training with ``at_steps`` steps."""
+    return AT(training_attack(params, params.at_steps))
+
+
+def accuracy_cells(params: Params, runs: Nets, prefix: str = "", autoattack: bool = True) -> tuple[Cell, ...]:
+    """Clean accuracy, PGD of the paper's step 2ε/steps, and AutoAttack where it is asked for."""
+    images = params.test_images or None
+    pgd = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts)
+    cells = [
+        cell_of(f"{prefix}clean", runs, TestAccuracy(None, images)),
+        cell_of(f"{prefix}pgd{params.pgd_steps}", runs, TestAccuracy(pgd, images)),
+    ]
+    return (*cells, *(autoattack_cells(params, runs, params.epsilon, f"{prefix}autoattack") if autoattack else ()))
+
+
+def autoattack_cells(params: Params, runs: Nets, epsilon: float, metric: str) -> tuple[Cell, ...]:
+    """AutoAttack on the first ``autoattack_seeds`` runs; no cell where it is switched off."""
+    if not params.autoattack_images or not params.autoattack_seeds:
+        return ()
+    measure = TestAccuracy(AutoAttack(epsilon), params.autoattack_images)
+    return (cell_of(metric, runs[: params.autoattack_seeds], measure),)
+
+
+def trained_runs(nets: Nets) -> PerSeed:
+    """The nets that this kit trains, without published ones."""
+    return tuple(net for net in nets if isinstance(net, Run))
+
+
+def cell_of(metric: str, runs: Nets, measure: Measure) -> Cell:
+    """A cell with one job per distinct net."""
+    return Cell(metric, tuple(Job(run, measure) for run in dict.fromkeys(runs)))
+
+
+def isd_wot_runs(params: IsdParams, dropout: bool, method: Method | None = None) -> list[PerSeed]:
+    """ISD-WoT: loops 1 … L, each one run per seed; the loops use ``method`` (default: KDIGA at ``lambda_isd``)."""
+    method = method or method_of(params, KDIGA, lambda_iga=params.lambda_isd)
+    rate, schedule = params.head_dropout if dropout else 0.0, schedule_of(params, params.isd_epochs)
+    chains = [
+        isd_without_teacher(first, method, params.loops, params.learning_rate_decay, rate, loop_schedule=schedule)
+        for first in standard_training(params)
+    ]
+    return list(zip(*(chain[1:] for chain in chains), strict=True))
+
+
+def isd_wit_runs(params: IsdParams, loops: int, dropout: bool) -> list[PerSeed]:
+    """ISD-WiT: loops 1 … L, each one run per seed."""
+    rate = params.head_dropout if dropout else 0.0
+    later: dict[str, Any] = {
+        "loop_schedule": schedule_of(params, params.isd_epochs),
+        "loop_method": method_of(params, KDIGA, lambda_iga=params.lambda_isd),
+    }
+    chains = [
+        isd_with_teacher(student, teacher, method_of(params, KDIGA), loops, params.learning_rate_decay, rate, **later)
+        for student, teacher in zip(standard_training(params), trades_teacher(params), strict=True)
+    ]
+    return list(zip(*chains, strict=True))
+
+
+def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
+    """Row id -> label and runs."""
+    attack = training_attack(params)
+    teacher = trades_teacher(params)
+    wide, small = params.teacher, params.student
+    rows: dict[str, tuple[str, Nets]] = {
+        "st": ("student (ST)", standard_training(params)),
+        "kd": ("TRADES teacher → KD → student", runs_per_seed(params, method_of(params, KD), teacher=teacher)),
+        "ard": (
+            "TRADES teacher → ARD → student",
+            runs_per_seed(params, method_of(params, ARD, attack=attack), teacher=teacher),
+        ),
+    }
+    sources = {"igam_tinyimagenet": params.source_tinyimagenet, "igam_mnist": params.source_mnist}
+    for name, source in sources.items():
+        teachers = () if source == NONE else igam_sources(params, name, source)
+        kind = "published" if name == "igam_mnist" and params.source_mnist_checkpoint else "PGD"
+        rows[name] = (f"{kind} teacher of {source} → IGAM → wide net", igam_students(params, teachers))
+    rows |= {
+        "pgd_teacher": (f"{wide} (PGD-{params.at_steps} AT)", pgd_teacher(params)),
+        "trades_teacher": (f"{wide} (TRADES), the teacher", tuple(dict.fromkeys(teacher))),
+        "pgd_student": (f"{small} (PGD-{params.at_steps} AT)", runs_per_seed(params, pgd_training(params))),
+        "trades_student": (f"{small} (TRADES)", runs_per_seed(params, TRADES(attack, params.beta))),
+        "kdiga": ("TRADES teacher → KDIGA → student", kdiga_students(params)),
+        "kdiga_ard_c": (
+            "TRADES teacher → KDIGA-ARD_C → student",
+            runs_per_seed(params, method_of(params, KDIGA_ARD_C, attack=attack), teacher=teacher),
+        ),
+        "kdiga_ard_a": (
+            "TRADES teacher → KDIGA-ARD_A → student",
+            runs_per_seed(params, method_of(params, KDIGA_ARD_A, attack=attack), teacher=teacher),
+        ),
+    }
+    for loop, runs in enumerate(isd_wit_runs(params, params.wit_loops, dropout=True), 1):
+        rows[f"isd_wit_{loop}"] = (f"TRADES teacher → ISD-WiT-{loop}", runs)
+    for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
+        rows[f"isd_wot_{loop}"] = (f"ISD-WoT-{loop}", runs)
+    return rows
+
+
+def kdiga_students(params: Params) -> PerSeed:
+    """KDIGA from the robust teacher."""
+    return runs_per_seed(params, method_of(params, KDIGA), teacher=trades_teacher(params))
+
+
+def igam_sources(params: Table1Params, row: str, source: str) -> Nets:
+    """IGAM's teachers: adversarially trained on another task, MNIST's by its own net and radius, or published."""
+    if row == "igam_mnist" and params.source_mnist_checkpoint:
+        text = params.source_mnist_checkpoint
+        return (checkpoints.parse(text, f"{params.source_mnist_net}:{source}"),) * len(params.seeds)
+    attack, net = training_attack(params, params.at_steps), params.teacher
+    if row == "igam_mnist":
+        net, radius = params.source_mnist_net, params.source_mnist_epsilon
+        if radius != params.train_epsilon:
+            attack = PGD(radius, radius / min(params.at_steps, 3), params.at_steps)
+    return runs_per_seed(params, AT(attack), net, schedule=teacher_schedule(params), dataset=source)
+
+
+def igam_students(params: Table1Params, sources: Nets) -> PerSeed:
+    """IGAM: a robust net of another task, its last layer fine-tuned on this one, then gradients matched."""
+    if not sources:
+        return ()
+    net = sources[0].model.partition(":")[0] if sources[0].model else params.teacher
+    head = schedule_of(params, params.head_epochs, trainable="head")
+    teacher = runs_per_seed(params, ST(), net, schedule=head, init=sources)
+    method = IGAM(lambda_adv=params.lambda_adv, lambda_diff=params.lambda_diff)
+    return runs_per_seed(params, method, params.teacher, teacher=teacher)

@@ -1,0 +1,373 @@
+"""What the paper lacks, as experiments: the audit, ISD under AutoAttack, both propositions, ablations, the Pareto plot.
+
+Built like the tables of ``artifacts``, from the same runs wherever those exist: a row a net, a cell a measured number.
+``EVERY`` is the list of all artefacts, the paper's tables first; the command and the tests take their names from it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from kdiga_nb.artifacts.recipes import (
+    accuracy_cells,
+    autoattack_cells,
+    cell_of,
+    isd_wot_runs,
+    method_of,
+    runs_per_seed,
+    schedule_of,
+    standard_training,
+    table1_runs,
+    trades_teacher,
+    trained_runs,
+    training_attack,
+)
+from kdiga_nb.artifacts.table import Cell, Experiment, Nets, PerSeed, Row
+from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks.gradient import FGSM, PGD, evaluation_pgd
+from kdiga_nb.attacks.losses import LossPGD
+from kdiga_nb.audit.certify import CertifiedRadius
+from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, Survivors, plan
+from kdiga_nb.audit.verdict import Found
+from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy
+from kdiga_nb.methods import ARD, AT, KD, KDIGA, KDIGA_ARD_A, ST, TRADES, Method
+from kdiga_nb.params import AblationParams, AuditParams, IsdAutoAttackParams, ParetoParams, Prop1Params, Prop2Params
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run, Source
+from kdiga_nb.runs.store import history, measured
+from kdiga_nb.training import Schedule
+
+
+def _against(metric: str, runs: Nets, measure: Measure, references: Nets, key: str = "percent") -> Cell:
+    return Cell(metric, tuple(Job(run, measure, other) for run, other in zip(runs, references, strict=False)), key)
+
+
+def audit_plan(params: AuditParams) -> dict[str, Measure]:
+    """The measures of the audit by name, at the sizes of the parameters."""
+    return plan(
+        params.epsilon,
+        steps=params.pgd_steps,
+        images=params.audit_images,
+        long_steps=params.long_steps,
+        long_restarts=params.long_restarts,
+        long_images=params.long_images,
+        black_box_images=params.black_box_images,
+        queries=params.queries,
+    )
+
+
+def _audited(params: AuditParams) -> dict[str, tuple[str, Source]]:
+    """Row id -> label and net of the first seed."""
+    runs = table1_runs(params)
+    names = ("st", "kd", "kdiga", f"isd_wot_{params.audit_loop}", "trades_student")
+    return {name: (runs[name][0], runs[name][1][0]) for name in names}
+
+
+def audit_jobs(params: AuditParams, net: Source) -> dict[str, Job]:
+    """Every measurement of one net's audit by the name that the rules know it by, AutoAttack's with it."""
+    runs = table1_runs(params)
+    teacher = runs["trades_teacher"][1][0]
+    jobs = {
+        name: Job(net, measure, teacher if name in COMPARES else None) for name, measure in audit_plan(params).items()
+    }
+    transfer = jobs.pop("transfer").measure
+    # The teacher, the net that self-distillation starts from, an adversarially trained net of the same architecture.
+    sources = {
+        "teacher": teacher,
+        "earlier_loop": runs["st"][1][0],
+        "adversarially_trained": runs["pgd_student"][1][0],
+    }
+    jobs |= {f"transfer_from_{name}": Job(net, transfer, run) for name, run in sources.items() if run != net}
+    if params.autoattack_images:
+        jobs["autoattack"] = Job(net, TestAccuracy(AutoAttack(params.epsilon), params.autoattack_images))
+    return jobs
+
+
+def _audit_cells(jobs: dict[str, Job]) -> tuple[Cell, ...]:
+    cells = []
+    for name, job in jobs.items():
+        if isinstance(job.measure, Gradients):
+            keys = {"zero_gradients": "zero", "gradient_norm": "norm", "gradient_cosine": "cosine"}
+            cells += [Cell(metric, (job,), key) for metric, key in keys.items()]
+        elif isinstance(job.measure, Preconditions):
+            cells.append(Cell("faults", (job,), "count"))
+        else:
+            cells.append(Cell(name, (job,)))
+    return tuple(cells)
+
+
+def robustness_audit(params: AuditParams) -> Experiment:
+    """The audit of ST, KD, KDIGA, the best loop of ISD-WoT and a TRADES-trained net of the same architecture."""
+    rows = [
+        Row(name, label, trained_runs((net,)), _audit_cells(audit_jobs(params, net)))
+        for name, (label, net) in _audited(params).items()
+    ]
+    return Experiment("robustness_audit", "Is the robustness real?", tuple(rows), params)
+
+
+def findings(params: AuditParams, row: Row) -> Found:
+    """What the store has of a row's audit, by the names that ``audit.verdict`` knows."""
+    jobs = audit_jobs(params, row.runs[0])
+    found = {name: measured(job.run, job.measure, reference=job.reference) for name, job in jobs.items() if job.measure}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def _self_distilled(params: IsdAutoAttackParams, method: Method) -> PerSeed:
+    """One loop like ISD-WoT-1 with dropout, by another method: what a loop gives without the alignment."""
+    (runs,) = isd_wot_runs(params.model_copy(update={"loops": 1}), dropout=True, method=method)
+    return runs if method.needs_teacher else tuple(replace(run, teacher=None) for run in runs)
+
+
+def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
+    """ISD loop by loop under stronger attacks, with and without dropout, and what a loop gives without alignment."""
+    table = table1_runs(params)
+    chosen: dict[str, tuple[str, Nets]] = {"st": ("loop 0: student (ST)", table["st"][1])}
+    for loop in range(1, params.loops + 1):
+        chosen[f"isd_wot_{loop}"] = (f"ISD-WoT-{loop}", table[f"isd_wot_{loop}"][1])
+    for loop, runs in enumerate(isd_wot_runs(params, dropout=False)[: params.loops_without_dropout], 1):
+        chosen[f"isd_wot_{loop}_no_dropout"] = (f"ISD-WoT-{loop}, without dropout", runs)
+    for loop in range(1, params.wit_loops + 1):
+        chosen[f"isd_wit_{loop}"] = (f"ISD-WiT-{loop}", table[f"isd_wit_{loop}"][1])
+    kd = method_of(params, KD)
+    chosen["self_kd"] = ("loop 1 by KD: dropout, no alignment", _self_distilled(params, kd))
+    chosen["self_st"] = ("loop 1 by ST: dropout, no teacher", _self_distilled(params, ST()))
+    size = evaluation_pgd(params.epsilon, params.pgd_steps).step_size
+    long = Survivors(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
+    apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
+    gradients = Gradients(params.epsilon, params.gradient_images, steps=(0,), grid=3)
+    rows = []
+    for name, (label, runs) in chosen.items():
+        cells = (
+            *accuracy_cells(params, runs, autoattack=not name.startswith("self") and "no_dropout" not in name),
+            cell_of("apgd", runs, apgd),
+            cell_of(f"pgd{params.long_steps}", runs[: params.autoattack_seeds], long),
+            _against("gradient_norm", runs, gradients, table["st"][1], "norm"),
+            _against("cosine_to_loop_0", runs, gradients, table["st"][1], "cosine"),
+        )
+        rows.append(Row(name, label, trained_runs(runs), cells))
+    return Experiment("isd_autoattack", "Iterative self-distillation under AutoAttack", tuple(rows), params)
+
+
+def prop1_certified(params: Prop1Params) -> Experiment:
+    """Proposition 1: certified radii of students and teacher, the loss's gradient aligned or all logits'."""
+    schedule = schedule_of(params, params.certified_epochs)
+    small, attack = params.certified_student, training_attack(params)
+    teacher = runs_per_seed(params, TRADES(attack, params.beta), params.certified_teacher, schedule=schedule)
+
+    def student(method: Method, **extra: Any) -> PerSeed:
+        return runs_per_seed(params, method, small, schedule=schedule, **extra)
+
+    aligned = method_of(params, KDIGA, lambda_iga=params.lambda_logits, align="logits")
+    nets: dict[str, tuple[str, Nets]] = {
+        "teacher": (f"{params.certified_teacher} (TRADES), the teacher", teacher),
+        "st": ("student (ST)", student(ST())),
+        "kd": ("teacher → KD → student", student(method_of(params, KD), teacher=teacher)),
+        "kdiga_loss": (
+            "teacher → KDIGA, the loss's gradient → student",
+            student(method_of(params, KDIGA), teacher=teacher),
+        ),
+        "kdiga_logits": ("teacher → KDIGA, all logits' gradients → student", student(aligned, teacher=teacher)),
+    }
+    measure = CertifiedRadius(params.certified_epsilon, params.certified_images)
+    keys = ["radius_interval", "radius_crown", "radius_one_sided", "radius_attack", "certified", "kept"]
+    keys += ["distance_loss", "distance_logits"]
+    rows = []
+    for name, (label, runs) in nets.items():
+        cells = tuple(_against(key, runs, measure, teacher, key) for key in keys)
+        rows.append(Row(name, label, trained_runs(runs), (*accuracy_cells(params, runs, autoattack=False), *cells)))
+    return Experiment("prop1_certified", "Proposition 1 and certified radii", tuple(rows), params)
+
+
+def prop2_bound(params: Prop2Params) -> Experiment:
+    """Proposition 2 for every image: four students of one TRADES teacher, its first seed."""
+    runs = table1_runs(params)
+    teacher = runs["trades_teacher"][1][:1]
+    measure = ImageBounds(params.epsilon, params.bound_images, params.llm_steps)
+    keys = ["gap", "bound", "bound_tight", "bound_l2", "violations", "violations_tight", "violations_l2"]
+    keys += ["llm_student", "llm_teacher", "ce_sum", "ce_difference", "distance_l1", "distance_l2", "tightness"]
+    rows = []
+    for name in ("st", "kd", "kdiga", "ard"):
+        label, students = runs[name]
+        cells = tuple(_against(key, students[:1], measure, teacher, key) for key in (*keys, "tightness_tight"))
+        rows.append(Row(name, label, trained_runs(students[:1]), cells))
+    return Experiment("prop2_bound", "Proposition 2, image by image", tuple(rows), params)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One choice of the factorial: its name, its two levels, its column of −1 and +1, and the levels in a word each."""
+
+    name: str
+    low: str
+    high: str
+    signs: tuple[int, ...]
+    words: tuple[str, str]
+
+
+# A 2^(8−4) design of resolution IV: four choices vary freely over 16 runs, four more follow products of three of them.
+# Main effects are confounded with no interaction of two choices.
+_FREE = [tuple(1 if run >> bit & 1 else -1 for run in range(16)) for bit in range(4)]
+_COLUMNS = [*_FREE, *(tuple(math.prod(s) for s in zip(*(_FREE[i] for i in three), strict=True))
+                      for three in ((1, 2, 3), (0, 2, 3), (0, 1, 2), (0, 1, 3)))]  # fmt: skip
+
+
+def factors(params: AblationParams) -> list[Factor]:
+    """The eight choices in the order of the design's columns."""
+    weights, temperatures, rates = params.lambda_levels, params.temperature_levels, params.dropout_levels
+    levels = [
+        ("lambda_iga", *(f"{value:g}" for value in weights), *(f"λ{value:g}" for value in weights)),
+        ("iga_norm", "per_sample", "batch, same effective weight", "sample", "batch"),
+        ("kl_reduction", "batchmean", "mean (N times weaker)", "KL", "KL/N"),
+        ("temperature", *(f"{value:g}" for value in temperatures), *(f"T{value:g}" for value in temperatures)),
+        ("head_dropout", *(f"{value:g}" for value in rates), *(f"drop{value:g}" for value in rates)),
+        ("schedule", "second step taken", "second step missing", "2-step", "1-step"),
+        ("selection", "validation", "best on test", "val", "test"),
+        ("init", "fresh", "from the ST net", "fresh", "ST"),
+    ]
+    return [
+        Factor(name, low, high, signs, (few, more))
+        for (name, low, high, few, more), signs in zip(levels, _COLUMNS, strict=True)
+    ]
+
+
+def _ablation_schedule(params: AblationParams) -> Schedule:
+    milestones = tuple(params.ablation_milestones)
+    return replace(schedule_of(params, params.ablation_epochs), policy="multistep", milestones=milestones)
+
+
+def _combination(params: AblationParams, high: dict[str, bool]) -> Run:
+    """The run of the first seed with each choice at its low or high level."""
+    weight = params.lambda_levels[high["lambda_iga"]]
+    schedule = replace(
+        _ablation_schedule(params),
+        compounding=not high["schedule"],
+        selection="best_on_test" if high["selection"] else "validation",
+        selection_epsilon=params.epsilon,
+    )
+    method = KDIGA(
+        lambda_ce=params.lambda_ce,
+        lambda_kl=params.lambda_kl,
+        lambda_iga=weight * schedule.batch_size**1.5 if high["iga_norm"] else weight,
+        temperature=params.temperature_levels[high["temperature"]],
+        norm="batch" if high["iga_norm"] else "per_sample",
+        kl_reduction="mean" if high["kl_reduction"] else "batchmean",
+    )
+    teacher, start = trades_teacher(params)[0], standard_training(params)[0]
+    return Run(
+        params.dataset,
+        params.student,
+        method,
+        schedule,
+        params.seeds[0],
+        params.dropout_levels[high["head_dropout"]],
+        teacher,
+        start if high["init"] else None,
+    )
+
+
+def ablations(params: AblationParams) -> Experiment:
+    """Sixteen combinations of eight choices, then the paper's and the authors' presets over all seeds."""
+    rows = []
+    for index in range(16):
+        high = {factor.name: factor.signs[index] > 0 for factor in factors(params)}
+        words = [factor.words[high[factor.name]] for factor in factors(params)]
+        run = _combination(params, high)
+        cells = accuracy_cells(params, (run,), autoattack=False)
+        rows.append(Row(f"combination_{index + 1:02d}", " ".join(words), (run,), cells))
+    paper, authors = (params.model_copy(update={"preset": preset}) for preset in ("paper", "author_code"))
+    weight = params.lambda_iga * params.batch_size**1.5
+    presets: dict[str, tuple[str, AblationParams, Method]] = {
+        "paper": ("preset paper", paper, method_of(paper, KDIGA)),
+        "author_code": ("preset author_code, the same nominal λ_IGA", authors, method_of(authors, KDIGA)),
+        "author_code_effective": (
+            "preset author_code, the same effective λ_IGA",
+            authors,
+            method_of(authors, KDIGA, lambda_iga=weight),
+        ),
+    }
+    for name, (label, preset, method) in presets.items():
+        runs = runs_per_seed(params, method, schedule=_ablation_schedule(preset), teacher=trades_teacher(params))
+        rows.append(Row(name, label, runs, accuracy_cells(params, runs, autoattack=False)))
+    return Experiment("ablations", "Which of the open choices matter", tuple(rows), params)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a choice changes on average: high level minus low, in points, with its 95 % interval."""
+
+    factor: Factor
+    points: float
+    low: float
+    high: float
+
+
+def main_effects(chosen: Sequence[Factor], values: Sequence[float]) -> list[Effect]:
+    """Main effects of the design's factors from one value a combination, in the order of the combinations.
+
+    The error is taken from the seven columns of the design that carry interactions of two choices (in alias chains of
+    four) and no main effect. Interactions that are there make the interval wider, not narrower.
+    """
+    n = len(values)
+    if any(len(factor.signs) != n for factor in chosen):
+        raise ValueError(f"a design of {len(chosen[0].signs)} combinations needs as many values, got {n}")
+
+    def contrast(signs: Sequence[int]) -> float:
+        return 2 * sum(sign * value for sign, value in zip(signs, values, strict=True)) / n
+
+    first = chosen[0].signs
+    pairs = {tuple(a * b for a, b in zip(first, other.signs, strict=True)) for other in chosen[1:]}
+    error = math.sqrt(sum(contrast(signs) ** 2 for signs in pairs) / len(pairs))
+    reach = float(student_t.ppf(0.975, len(pairs))) * error
+    effects = [(factor, contrast(factor.signs)) for factor in chosen]
+    return [Effect(factor, points, points - reach, points + reach) for factor, points in effects]
+
+
+def worth_of_test_selection(experiment: Experiment) -> list[float]:
+    """For every finished run selected on the test set: points of PGD-20 that its best epoch has over its last."""
+    runs = [run for row in experiment.rows for run in row.runs if run.schedule.selection == "best_on_test"]
+    curves = [[row["selection_robust"] for row in history(run)] for run in runs]
+    return [max(curve) - curve[-1] for curve in curves]
+
+
+def pareto(params: ParetoParams) -> Experiment:
+    """KDIGA+FGSM done right against fast adversarial training and ARD at its own settings (α = 1, T = 30)."""
+    teacher, model = trades_teacher(params), params.fgsm_student
+    fast = PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
+    own = ARD(training_attack(params), lambda_ce=0.0, lambda_kl=1.0, temperature=params.ard_temperature)
+    schedule = schedule_of(params, params.fgsm_epochs)
+    nets: dict[str, tuple[str, Method, Schedule, bool]] = {
+        "fgsm_at": ("fast AT (FGSM, random start)", AT(fast), schedule_of(params, params.fgsm_at_epochs), False),
+        "ard": (
+            f"teacher → ARD, α = 1, T = {params.ard_temperature:g}",
+            own,
+            schedule_of(params, params.ard_epochs),
+            True,
+        ),
+        "kdiga_fgsm": (
+            "teacher → KDIGA+FGSM, aligned at x",
+            method_of(params, KDIGA, attack=FGSM(params.train_epsilon)),
+            schedule,
+            True,
+        ),
+        "kdiga_fgsm_at_delta": (
+            "teacher → KDIGA+FGSM, aligned at x + δ",
+            method_of(params, KDIGA_ARD_A, attack=fast),
+            schedule,
+            True,
+        ),
+    }
+    apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
+    rows = []
+    for name, (label, method, how, distilled) in nets.items():
+        extra: dict[str, Any] = {"teacher": teacher} if distilled else {}
+        runs = runs_per_seed(params, method, model, schedule=how, **extra)
+        cells = (
+            *accuracy_cells(params, runs, autoattack=False),
+            cell_of("apgd", runs, apgd),
+            *autoattack_cells(params, runs, params.epsilon, "autoattack"),
+        )
+        rows.append(Row(name, label, runs, cells))
+    return Experiment("pareto", "KDIGA+FGSM at the cost of adversarial training", tuple(rows), params)

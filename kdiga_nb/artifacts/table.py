@@ -1,0 +1,89 @@
+"""``Cell``, ``Row``, ``Experiment``: a table before it is measured."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kdiga_nb.methods import effective_lambda_iga
+from kdiga_nb.params import Params
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run, Source
+
+PerSeed = tuple[Run, ...]
+Nets = tuple[Source, ...]  # one a seed too, where published weights may stand in for a training
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: ``key`` of what each job measures; the jobs are one a seed."""
+
+    metric: str
+    jobs: tuple[Job, ...]
+    key: str = "percent"
+
+    @property
+    def is_accuracy(self) -> bool:
+        """Whether the number is a share of images."""
+        return self.key == "percent"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        id, label: a stable snake_case name, and what a reader sees.
+        runs: the trained nets, one a seed; empty if the scale trains none ("not run", or published weights).
+        cells: what is measured on them.
+        reported: the paper's numbers by metric.
+        note: what a reader must know to compare.
+    """
+
+    id: str
+    label: str
+    runs: PerSeed = ()
+    cells: tuple[Cell, ...] = ()
+    reported: dict[str, float] = field(default_factory=dict, hash=False)
+    note: str = ""
+
+    @property
+    def weights(self) -> tuple[float, float] | None:
+        """Nominal and effective λ_IGA, for the methods that have one."""
+        if not self.runs or not hasattr(self.runs[0].method, "lambda_iga"):
+            return None
+        run = self.runs[0]
+        return getattr(run.method, "lambda_iga"), effective_lambda_iga(run.method, run.schedule.batch_size)  # noqa: B009
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An artefact of the paper: its rows, and the parameters they were built from."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    params: Params
+
+    def jobs(self) -> list[Job]:
+        """Everything that must be trained and measured."""
+        trained = [Job(run) for row in self.rows for run in row.runs]
+        return list(dict.fromkeys(trained + [job for row in self.rows for cell in row.cells for job in cell.jobs]))
+
+    def row(self, name: str) -> Row:
+        """The row of that id.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for row in self.rows:
+            if row.id == name:
+                return row
+        raise ValueError(f"row must be one of {', '.join(row.id for row in self.rows)}, got {name!r}")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """How an artefact of the paper is built: its parameters' model and the function that makes the experiment."""
+
+    params: type[Params]
+    build: Callable[[Any], Experiment]

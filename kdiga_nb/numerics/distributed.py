@@ -1,0 +1,127 @@
+"""Several processes on one training: rank, sums and means over them, BatchNorm; on one process all is the identity.
+
+Gradients are averaged explicitly after the backward pass instead of through DistributedDataParallel, whose hooks clash
+with a double backward pass. What mixes the examples of a batch inside the loss (BatchNorm in train mode, a norm over
+the whole batch) goes through ``summed``, which can be differentiated as often as one likes, so that N processes on N
+shards of a batch compute what one process computes on the whole.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join() -> None:
+    """Join the process group that torchrun started this process for, if it did: NCCL on GPUs, one each, else gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    dist.init_process_group("nccl" if gpus else "gloo")
+
+
+def leave() -> None:
+    """Leave the process group, if this process is in one."""
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
+def broadcast_from_rank0(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank; the others do not call ``decide``."""
+    if world_size() == 1:
+        return decide()
+    holder: list[Any] = [decide() if rank() == 0 else None]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes. Its gradient is the sum of theirs: the same function again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Sum.apply(gradient)
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of ``x`` over the processes, differentiable any number of times; every process must call it."""
+    return x if world_size() == 1 else _Sum.apply(x)  # pyright: ignore[reportReturnType]
+
+
+class SynchronisedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose train mode takes mean and variance over the batch of all processes.
+
+    PyTorch's own has no double backward pass and needs a GPU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        x = input.float() if input.dtype in (torch.bfloat16, torch.float16) else input
+        n = summed(x.new_tensor(x.numel() / x.shape[1]))
+        mean = summed(x.sum((0, 2, 3))) / n
+        centred = x - mean[None, :, None, None]
+        variance = summed(centred.square().sum((0, 2, 3))) / n
+        if self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                assert self.momentum is not None and self.num_batches_tracked is not None
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                unbiased = variance * (n / (n - 1))
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return (centred * scale[None, :, None, None] + self.bias[None, :, None, None]).to(input.dtype)
+
+
+def synchronise(model: nn.Module) -> None:
+    """Let every BatchNorm2d of a net, in place, see the batch of all processes; nothing happens on one process.
+
+    Parameters, buffers and their names stay what they are.
+    """
+    if world_size() == 1:
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, SynchronisedBatchNorm2d):
+                twin = SynchronisedBatchNorm2d(child.num_features, child.eps, child.momentum or 0.1)
+                twin._parameters, twin._buffers = child._parameters, child._buffers
+                setattr(parent, name, twin.train(child.training))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one all-reduce a dtype and device."""
+    if world_size() == 1:
+        return
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for gradients in groups.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))

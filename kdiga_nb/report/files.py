@@ -1,0 +1,99 @@
+"""Files of an artefact: table, figures, provenance."""
+
+import json
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from typing import Any
+
+import matplotlib
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from kdiga_nb import paths
+from kdiga_nb.artifacts.table import Experiment
+from kdiga_nb.report.numbers import INTERVAL
+from kdiga_nb.runs.graph import Outcome, run_all
+from kdiga_nb.runs.run import ancestors, run_key
+from kdiga_nb.runs.store import environment, measured, training_seconds
+
+
+class ReproductionError(RuntimeError):
+    """Some jobs of an experiment failed; the message lists them."""
+
+
+def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
+    """Train and measure what the store lacks, with a progress bar, over ``workers`` processes (default: one a core).
+
+    Raises:
+        ReproductionError: a job failed; everything that could be finished is in the store.
+    """
+    jobs = experiment.jobs()
+    cached = all(job.is_done() for job in jobs)
+    with tqdm(total=len(jobs), desc=experiment.name, unit="job", leave=False, disable=cached) as bar:
+
+        def progress(done: int, total: int, title: str) -> None:
+            bar.total = total
+            bar.n = done
+            bar.set_postfix_str(title)
+
+        outcome = run_all(jobs, workers=workers, device=experiment.params.device, progress=progress)
+    if outcome.failed:
+        raise ReproductionError("; ".join(outcome.causes))
+    return outcome
+
+
+def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Figure) -> None:
+    """Write ``<artefact>.csv``, ``.png``, ``.svg`` and ``.json`` (provenance) to the scale's figures folder.
+
+    Further figures go beside it as ``<artefact>_<name>.png`` and ``.svg``.
+    """
+    home = paths.figures(experiment.params.scale)
+    home.mkdir(parents=True, exist_ok=True)
+    table.to_csv(home / f"{experiment.name}.csv", index=False, float_format="%.6g")
+    for name, drawn in {experiment.name: figure, **{f"{experiment.name}_{k}": v for k, v in more.items()}}.items():
+        drawn.savefig(home / f"{name}.png", dpi=150)
+        # Fixed ids and no date: the same figure gives the same file.
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            drawn.savefig(home / f"{name}.svg", metadata={"Date": None})
+    record = json.dumps(provenance(experiment), indent=1, ensure_ascii=False)
+    (home / f"{experiment.name}.json").write_text(record + "\n")
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Where an artefact comes from: commit, versions, hardware, parameters, seconds of computing, run keys, notes."""
+    jobs = [job for job in experiment.jobs() if job.measure is not None]
+    results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
+    trained = [seconds for run in ancestors(job.run for job in jobs) if (seconds := training_seconds(run)) is not None]
+    measuring = [float(result["seconds"]) for result in results if result is not None]
+    libraries = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "pyautoattack", "papermill", "matplotlib")
+    return {
+        "artefact": experiment.name,
+        "title": experiment.title,
+        "commit": commit(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "hardware": environment()["device"],
+        "threads": torch.get_num_threads(),
+        "parameters": experiment.params.model_dump(),
+        "seconds": {"training": round(sum(trained), 1), "measuring": round(sum(measuring), 1)},
+        "interval": INTERVAL,
+        "runs": {row.id: [run_key(run) for run in row.runs] for row in experiment.rows},
+        "notes": {row.id: row.note for row in experiment.rows if row.note},
+    }
+
+
+def commit() -> str:
+    """The commit the code is at, with ``+`` if files differ from it; "unknown" outside a git checkout."""
+    try:
+        git = ["git", "-C", str(paths.ROOT)]
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "kdiga_nb"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed.stdout.strip() else "")

@@ -1,0 +1,240 @@
+"""Many runs and measurements: the job graph, local workers and executors."""
+
+import multiprocessing.connection
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from kdiga_nb import paths
+from kdiga_nb.measures import Measure
+from kdiga_nb.numerics import distributed
+from kdiga_nb.numerics.scopes import resolve_device
+from kdiga_nb.runs.checkpoints import Checkpoint, StoreError
+from kdiga_nb.runs.run import _NAMES, Run, Source, ancestors, run_key
+from kdiga_nb.runs.store import check_writable, epochs_done, is_finished, load_or_train, log, measure, measured
+from kdiga_nb.training import Callback, TrainingState
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work of the run graph: a training, or a measurement on a trained run."""
+
+    run: Source
+    measure: Measure | None = None
+    reference: Source | None = None
+
+    def is_done(self) -> bool:
+        """Whether the store already has the result."""
+        if self.measure is None:
+            return is_finished(self.run)
+        return measured(self.run, self.measure, reference=self.reference) is not None
+
+    def needs(self) -> list[Run]:
+        """The runs that must be finished before."""
+        if self.measure is None:
+            parents = (self.run.teacher, self.run.init) if isinstance(self.run, Run) else ()
+            return [source for source in parents if isinstance(source, Run)]
+        return [source for source in (self.run, self.reference) if isinstance(source, Run)]
+
+
+@dataclass
+class Outcome:
+    """What became of a list of jobs: how many were made and found, and the reason of each that failed."""
+
+    made: int = 0
+    cached: int = 0
+    failed: dict[Job, str] = field(default_factory=dict)
+
+    @property
+    def causes(self) -> list[str]:
+        """Why jobs failed, each reason once; not what failed because of them."""
+        return sorted({reason for reason in self.failed.values() if not reason.startswith("needs ")})
+
+
+def do(job: Job, device: str | None = None, callbacks: Sequence[Callback] = ()) -> None:
+    """Do one job in this process; its result goes to the store."""
+    if job.measure is None:
+        load_or_train(job.run, device=device, callbacks=callbacks)
+    else:
+        measure(job.run, job.measure, reference=job.reference, device=device)
+
+
+Progress = Callable[[int, int, str], None]
+
+
+def run_all(
+    jobs: Iterable[Job],
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Do the jobs and everything they stand on, independent ones at the same time.
+
+    A job that fails takes those that stand on it with it, and no others.
+
+    Args:
+        workers: local processes (default: one a core); 1 works in this process.
+        executor: where to send jobs instead (any ``concurrent.futures`` executor whose workers see the same store).
+        progress: called every second or so with (jobs done, jobs to do, what is being done).
+    """
+    graph = graph_of(jobs)
+    todo = distributed.broadcast_from_rank0(lambda: [job for job in graph if not job.is_done()])
+    outcome = Outcome(cached=len(graph) - len(todo))
+    if not todo:
+        return outcome
+    check_writable(paths.runs())
+    workers = workers or default_workers(device)
+    if executor is not None:
+        places = {"KDIGA_RUNS": str(paths.runs().absolute()), "KDIGA_DATA": str(paths.data().absolute())}
+        _schedule(todo, executor, partial(_do_elsewhere, places), device, outcome, progress)
+    elif workers == 1 or len(todo) == 1 or distributed.world_size() > 1:
+        _in_turn(todo, device, outcome, progress)
+    else:
+        # spawn: a forked child would inherit torch's threads in whatever state they are.
+        context = get_context("spawn")
+        processes = min(workers, len(todo))
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        with ProcessPoolExecutor(processes, context, _begin_worker, (context.Value("i", 0), threads)) as pool:
+            try:
+                _schedule(todo, pool, do, device, outcome, progress)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return outcome
+
+
+def graph_of(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs and everything they stand on: trainings in an order they can be done in, then measurements."""
+    wanted = list(jobs)
+    graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
+    return graph + [job for job in dict.fromkeys(wanted) if job.measure is not None]
+
+
+def default_workers(device: str | None = None) -> int:
+    """Local processes that make sense: one a GPU, or one a core."""
+    return max(1, torch.cuda.device_count()) if resolve_device(device).type == "cuda" else os.cpu_count() or 1
+
+
+def _do_elsewhere(places: dict[str, str], job: Job, device: str | None) -> None:
+    """``do`` on another machine, with the store and the data of this one."""
+    os.environ.update(places)
+    do(job, device)
+
+
+def _begin_worker(number: Any, threads: int) -> None:
+    """In a worker: take the next GPU and a share of the cores, and stop with the parent."""
+    torch.set_num_threads(threads)  # each process would take all cores, and they would wait for each other
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine % torch.cuda.device_count())
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a worker: stop as soon as the parent is gone, however it went; an orphan would train on unseen."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _blocked(job: Job, outcome: Outcome) -> str | None:
+    failed_runs = {failed.run for failed in outcome.failed if failed.measure is None}
+    return next((f"needs {run_key(run)}, which failed" for run in job.needs() if run in failed_runs), None)
+
+
+def _note(job: Job, error: BaseException | None, outcome: Outcome, progress: Progress | None, total: int) -> None:
+    if error is None:
+        outcome.made += 1
+    else:
+        outcome.failed[job] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        log.error("%s failed: %s", title(job), outcome.failed[job])
+    if progress is not None:
+        progress(outcome.made + len(outcome.failed), total, title(job))
+
+
+def _in_turn(todo: list[Job], device: str | None, outcome: Outcome, progress: Progress | None) -> None:
+    for job in todo:
+        reason = _blocked(job, outcome)
+        error: Exception | None = StoreError(reason) if reason else None
+        if error is None:
+            try:
+                do(job, device, [_report_epochs(job, outcome, progress, len(todo))])
+            except Exception as raised:  # reported by name at the end; the other jobs go on
+                if distributed.world_size() > 1:
+                    raise  # alone, this process would wait for the others for ever
+                error = raised
+        _note(job, error, outcome, progress, len(todo))
+
+
+def _schedule(
+    todo: list[Job],
+    executor: Executor,
+    work: Callable[[Job, str | None], None],
+    device: str | None,
+    outcome: Outcome,
+    progress: Progress | None,
+) -> None:
+    """Keep the executor fed with jobs whose needs are met."""
+    waiting = list(todo)
+    running: dict[Future[None], Job] = {}
+    while waiting or running:
+        open_runs = {job.run for job in [*waiting, *running.values()] if job.measure is None}
+        for job in list(waiting):
+            if reason := _blocked(job, outcome):
+                waiting.remove(job)
+                _note(job, StoreError(reason), outcome, progress, len(todo))
+            elif not any(run in open_runs for run in job.needs()):
+                waiting.remove(job)
+                running[executor.submit(work, job, device)] = job
+        if running:
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                job, error = running.pop(future), future.exception()
+                if error is None and not job.is_done():
+                    error = StoreError(
+                        f"done, but its result is not in {paths.runs()}: do the workers share that folder?"
+                    )
+                _note(job, error, outcome, progress, len(todo))
+            if progress is not None:
+                now = [text for job in running.values() if (text := _underway(job)) is not None]
+                progress(outcome.made + len(outcome.failed), len(todo), "; ".join(now))
+
+
+def _report_epochs(job: Job, outcome: Outcome, progress: Progress | None, total: int) -> Callback:
+    def report(state: TrainingState) -> None:
+        if progress is not None:
+            done = outcome.made + len(outcome.failed)
+            progress(done, total, f"{title(job)}, epoch {state.epoch}/{state.epochs}")
+
+    return report
+
+
+def _underway(job: Job) -> str | None:
+    """What a job in another process is at, read from the store; None if it has not begun to write."""
+    if job.measure is not None or isinstance(job.run, Checkpoint):
+        return None
+    epoch = epochs_done(job.run)
+    return f"{title(job)}, epoch {epoch}/{job.run.schedule.epochs}" if epoch else None
+
+
+def title(job: Job) -> str:
+    """A job in a few words, for progress lines."""
+    run = job.run
+    if isinstance(run, Checkpoint):
+        return f"measure {run.model}, {run.format} file"
+    name = f"{_NAMES[type(run.method)]} {run.model} on {run.dataset}, seed {run.seed}"
+    return f"train {name}" if job.measure is None else f"measure {name}"

@@ -1,0 +1,472 @@
+"""The explorer without a browser: what is computed, what is drawn, what the handlers do, and training beside it."""
+
+import base64
+import io
+import re
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+from kdiga_nb import metrics, paths, runs
+from kdiga_nb.artifacts.explore import Point, explore, explored
+from kdiga_nb.artifacts.paper import table1, table4
+from kdiga_nb.data import load_data
+from kdiga_nb.losses import cross_entropy, input_gradient
+from kdiga_nb.methods import KD, KDIGA
+from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4Params, read
+from kdiga_nb.runs import StoreError
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run, ancestors
+from kdiga_nb.runs.store import is_finished
+from kdiga_nb.widgets import Explorer, State, compute, draw, drawing, image_bytes, table, words
+from kdiga_nb.widgets.background import Training
+from kdiga_nb.widgets.drawing import SIZE
+from kdiga_nb.widgets.views import SURFACE, Loops, OneImage, TradeOff, UnderAttack
+
+each_view = pytest.mark.parametrize("view", VIEWS)
+LONG = {"isd_epochs": 25}  # a loop that is cut short
+
+
+def one_seed(params: ExploreParams, **changes: Any) -> ExploreParams:
+    return params.model_copy(update={"seeds": [0], **changes})
+
+
+def trained(home: Path) -> set[str]:
+    return {path.parent.name for path in home.glob("*/run.json")}
+
+
+# ---- what the experiment asks for ----
+
+
+def test_only_the_sweep_is_trained_for_the_explorer_alone():
+    shared = [table1(Table1Params()), table4(Table4Params())]
+    known = set(ancestors(run for found in shared for row in found.rows for run in row.runs))
+    params = ExploreParams()
+    rows = explore(params).rows
+    new = [run for run in ancestors(run for row in rows for run in row.runs) if run not in known]
+    assert [getattr(run.method, "lambda_iga", None) for run in new] == params.sweep
+    assert {run.seed for run in new} == {params.seeds[0]}
+
+
+def test_rows_are_named_once():
+    names = [row.id for row in explore(ExploreParams()).rows]
+    assert len(names) == len(set(names))
+    assert len(explore(ExploreParams(loops=1)).rows) < len(names)
+
+
+@pytest.mark.parametrize("method", EXPLORED)
+def test_every_method_has_a_row(method: str):
+    row = explored(ExploreParams(), Point(method, 2.0, 1))
+    assert [run.seed for run in row.runs] == ExploreParams().seeds
+
+
+def test_kdiga_without_alignment_is_kd():
+    at_zero, kd = explored(ExploreParams(), Point("kdiga", 0.0)), explored(ExploreParams(), Point("kd"))
+    assert at_zero == kd
+    assert isinstance(at_zero.runs[0].method, KD)
+    assert isinstance(explored(ExploreParams(), Point("kdiga", 0.5)).runs[0].method, KDIGA)
+
+
+# ---- compute ----
+
+
+def test_the_trade_off_is_what_the_store_has(small: ExploreParams, store: Path):
+    data = compute(State.start(small, view="lambda", lambda_iga=8.0))
+    assert isinstance(data, TradeOff)
+    row = explored(one_seed(small), Point("kdiga", 8.0))
+    for cell in row.cells:
+        job = cell.jobs[0]
+        assert job.measure is not None
+        result = runs.measured(job.run, job.measure)
+        if result is not None and cell.is_accuracy:
+            assert data.chosen.accuracies[cell.metric].percent == result["percent"]
+    assert data.curves["alignment"] == [line["alignment"] for line in runs.history(row.runs[0])]
+    assert data.weights == (8.0, 8.0)
+    assert [found.point.lambda_iga for found in data.nets if found.trained] == [0.0, 2.0, 8.0]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05, 0.3])
+def test_the_gallery_is_attacked_inside_the_ball(small: ExploreParams, store: Path, epsilon: float):
+    state = State.start(small, view="epsilon", epsilon=epsilon, image=7)
+    data = compute(state)
+    assert isinstance(data, UnderAttack)
+    gallery = data.gallery
+    assert gallery is not None
+    change = np.abs(gallery.attacked.astype(np.float64) - gallery.clean.astype(np.float64))
+    assert change.max() <= epsilon
+    assert change.max() == pytest.approx(epsilon)
+    assert 0 <= gallery.attacked.min() <= gallery.attacked.max() <= 1
+    test = load_data("digits").test
+    assert gallery.labels == test.labels[7 : 7 + len(gallery.labels)].tolist()
+    student = runs.load(data.chosen.run)
+    for images, guesses in ((gallery.clean, gallery.guesses), (gallery.attacked, gallery.guesses_attacked)):
+        assert student(torch.from_numpy(images)[:, None]).argmax(1).tolist() == guesses
+    assert gallery.student.sum(1) == pytest.approx([1, 1])
+    assert gallery.teacher.sum(1) == pytest.approx([1, 1])
+
+
+def test_the_gallery_goes_round_the_end_and_not_beyond(small: ExploreParams, store: Path):
+    last = len(load_data("digits").test.labels) - 1
+    data = compute(State.start(small, view="epsilon", image=last))
+    assert isinstance(data, UnderAttack)
+    assert data.gallery is not None
+    assert data.gallery.labels[:2] == load_data("digits").test.labels[[last, 0]].tolist()
+    with pytest.raises(ValueError, match=f"image must be below {last + 1}"):
+        compute(State.start(small, view="epsilon", image=last + 1))
+
+
+@pytest.mark.parametrize(("method", "first"), [("isd_wot", 0), ("isd_wit", 1)])
+def test_loops_are_a_chain(small: ExploreParams, store: Path, method: str, first: int):
+    data = compute(State.start(small, view="loops", method=method, loop=1))
+    assert isinstance(data, Loops)
+    for nets in data.chains.values():
+        assert [found.point.loop for found in nets] == list(range(first, small.loops + 1))
+        assert all(later.run.teacher == earlier.run for earlier, later in pairwise(nets))
+    maps = data.maps
+    assert maps is not None
+    assert isinstance(data.chosen.run.teacher, Run)
+    x, y = (part[:1] for part in load_data("digits").test)
+    student, _ = input_gradient(runs.load(data.chosen.run), x, y)
+    teacher, _ = input_gradient(runs.load(data.chosen.run.teacher), x, y)
+    assert maps.student == pytest.approx(student[0, 0].numpy(), rel=1e-4, abs=1e-6)
+    assert maps.norms == pytest.approx((student.norm().item(), teacher.norm().item()), rel=1e-5)
+    cosine = (student * teacher).sum() / student.norm() / teacher.norm()
+    assert maps.cosine == pytest.approx(cosine.item(), rel=1e-4)
+
+
+def test_one_image_shows_both_sides_of_proposition_2(small: ExploreParams, store: Path):
+    data = compute(State.start(small, view="image", image=3))
+    assert isinstance(data, OneImage)
+    x, y = (part[3:4] for part in load_data("digits").test)
+    assert isinstance(data.chosen.run.teacher, Run)
+    student, teacher = runs.load(data.chosen.run), runs.load(data.chosen.run.teacher)
+    terms = metrics.bound_terms(student, teacher, x, y, 0.1, steps=10)
+    assert data.terms["CE_s"] == pytest.approx(terms.ce_student.item(), rel=1e-5)
+    assert data.terms["ε‖g_s − g_t‖₁"] == pytest.approx(0.1 * terms.distance.item(), rel=1e-5)
+    assert 0 <= data.gap <= sum(data.terms.values())
+    assert data.surfaces is not None
+    for surface, model in zip(data.surfaces, (student, teacher), strict=True):
+        centre = surface.loss[SURFACE // 2, SURFACE // 2]
+        assert centre == pytest.approx(cross_entropy(model(x), y).item(), rel=1e-4)
+        assert surface.loss.shape == surface.correct.shape == (SURFACE, SURFACE)
+
+
+@each_view
+def test_nothing_is_trained_by_looking(view: str, small: ExploreParams, tmp_path: Path):
+    state = State.start(small, view=view)
+    assert "is not in the store" in words(compute(state))
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+@each_view
+def test_a_damaged_net_is_an_error_and_stays_where_it_is(view: str, small: ExploreParams, store: Path):
+    state = State.start(small, view=view)
+    home = runs.folder(state.row().runs[0])
+    (home / "model.safetensors").write_bytes(b"no weights")
+    if view == "lambda":  # needs no weights
+        assert "PGD-3" in words(compute(state))
+    else:
+        with pytest.raises(StoreError, match="damaged: the weights do not match"):
+            compute(state)
+    assert home.exists()
+
+
+# ---- draw ----
+
+
+def overhang(figure: Figure) -> float:
+    """How far what is drawn reaches beyond the figure's edges, in inches."""
+    image_bytes(figure)
+    drawn = figure.get_tightbbox()
+    return max(-drawn.x0, -drawn.y0, drawn.x1 - SIZE[0], drawn.y1 - SIZE[1])
+
+
+@pytest.mark.parametrize(
+    ("scale", "low", "high"), [("linear", -0.2, 0.2), ("linear", 0, 103), ("linear", 7, 7.004), ("log", 0.02, 30)]
+)
+def test_ticks_stand_and_read_as_matplotlib_would_set_them(scale: str, low: float, high: float):
+    def figure() -> Figure:
+        made = Figure(SIZE)
+        axes = made.subplots()
+        axes.set(xscale=scale, yscale=scale, xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 3)) if scale == "log" else MaxNLocator(5))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+        return made
+
+    theirs, ours = figure(), figure()
+    drawing._set_ticks(ours.axes[0], grid=True)
+    for made in (theirs, ours):
+        made.canvas.draw()
+    axes = theirs.axes[0]
+    along = [(label, label.get_position()[0]) for label in axes.get_xticklabels()]
+    along += [(label, label.get_position()[1]) for label in axes.get_yticklabels()]
+    expected = [label for label, value in along if low <= value <= high]
+    found = ours.axes[0].texts
+    assert len(found) >= 6
+    assert [text.get_text() for text in found] == [label.get_text() for label in expected]
+    for text, label in zip(found, expected, strict=True):
+        box, matplotlibs = (part.get_window_extent().get_points() for part in (text, label))
+        np.testing.assert_allclose(box, matplotlibs, atol=0.5)  # pixels
+
+
+@each_view
+@pytest.mark.parametrize("filled", [True, False], ids=["store", "empty store"])
+def test_figures_have_one_size_and_no_text_is_cut_off(
+    view: str, filled: bool, small: ExploreParams, request: pytest.FixtureRequest
+):
+    if filled:
+        request.getfixturevalue("store")
+    data = compute(State.start(small, view=view))
+    figure = draw(data)
+    assert tuple(figure.get_size_inches()) == SIZE
+    assert overhang(figure) <= 0
+    assert image_bytes(draw(data)) == image_bytes(draw(data))
+    assert image_bytes(draw(data), "svg") == image_bytes(draw(data), "svg")
+
+
+def test_a_picture_may_be_saved_at_another_resolution_in_between(small: ExploreParams, store: None):
+    figure = draw(compute(State.start(small, view="lambda")))
+    before = image_bytes(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300)
+    fine, coarse = (Image.open(io.BytesIO(content)).convert("L") for content in (buffer.getvalue(), before))
+    assert fine.size == (3300, 1410)
+    assert coarse.size == (1100, 470)
+    difference = np.asarray(fine.reduce(3), dtype=float) - np.asarray(coarse)
+    assert np.abs(difference).mean() < 5  # of 255: the same picture
+    assert image_bytes(figure) == before
+
+
+def test_a_slider_changes_the_picture(small: ExploreParams, store: Path):
+    for view, change in (("lambda", {"lambda_iga": 8.0}), ("epsilon", {"epsilon": 0.2}), ("loops", {"loop": 2})):
+        state = State.start(small, view=view)
+        assert image_bytes(draw(compute(state))) != image_bytes(draw(compute(replace(state, **change))))
+
+
+def test_the_table_has_the_picture_s_numbers(small: ExploreParams, store: Path):
+    data = compute(State.start(small, view="lambda"))
+    assert isinstance(data, TradeOff)
+    shown = table(data)
+    assert list(shown.index) == [found.label for found in data.nets if found.trained]
+    clean = data.chosen.accuracies["clean"]
+    assert shown.loc[data.chosen.label, "clean"] == f"{clean.percent:.1f} [{clean.low:.1f}, {clean.high:.1f}]"
+
+
+# ---- the explorer's handlers ----
+
+
+def text_of(explorer: Explorer) -> str:
+    return re.sub("<[^>]*>", "", explorer.text.value)
+
+
+def status_of(explorer: Explorer) -> str:
+    return re.sub("<[^>]*>", "", explorer.status.value)
+
+
+def is_stale(explorer: Explorer) -> bool:
+    return "kdiga-stale" in explorer.picture._dom_classes
+
+
+MOVES: list[tuple[str, str, Any]] = [
+    ("lambda", "lambda_iga", 8.0),
+    ("epsilon", "epsilon", 0.2),
+    ("epsilon", "image", 4),
+    ("epsilon", "method", "trades_student"),
+    ("epsilon", "compare", ("st",)),
+    ("loops", "loop", 2),
+    ("loops", "method", "isd_wit"),
+    ("loops", "dropout", False),
+    ("image", "epsilon", 0.03),
+]
+
+
+@pytest.mark.parametrize(("view", "control", "value"), MOVES, ids=[f"{view}, {name}" for view, name, _ in MOVES])
+def test_a_control_changes_state_text_and_picture(
+    view: str, control: str, value: Any, small: ExploreParams, store: Path
+):
+    explorer = Explorer(small.model_copy(update={"show_view": view}))
+    before, before_text = explorer.picture.value, text_of(explorer)
+    explorer.controls[control].value = value
+    assert getattr(explorer.state, control) == value
+    assert explorer.picture.value != before
+    assert text_of(explorer) != before_text or control == "compare"
+    assert not is_stale(explorer)
+    found = re.search(r"base64,([^\"]+)", explorer.picture.value)
+    assert found and base64.b64decode(found[1]).startswith(b"\x89PNG")
+
+
+def test_a_point_that_is_not_there_is_offered_and_not_trained(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    assert explorer.train_button.disabled
+    before = trained(store)
+    explorer.controls["lambda_iga"].value = 1.0
+    assert "λ = 1 on digits_small, seed 0, is not in the store" in text_of(explorer)
+    assert not explorer.train_button.disabled
+    assert trained(store) == before
+
+
+def test_controls_that_change_nothing_are_grey(small: ExploreParams, store: Path):
+    explorer = Explorer(small.model_copy(update={"show_view": "epsilon"}))
+    disabled = {name: explorer.controls[name].disabled for name in ("lambda_iga", "loop", "dropout")}
+    assert disabled == {"lambda_iga": False, "loop": True, "dropout": True}
+    explorer.controls["method"].value = "isd_wit"
+    disabled = {name: explorer.controls[name].disabled for name in ("lambda_iga", "loop", "dropout")}
+    assert disabled == {"lambda_iga": True, "loop": False, "dropout": False}
+
+
+def test_an_empty_store_says_what_to_run(small: ExploreParams):
+    explorer = Explorer(small)
+    assert "kdiga reproduce --scale smoke --only explore" in status_of(explorer)
+    assert explorer.train_button.description == "Train the smallest set"
+    methods = {type(job.run.method).__name__ for job in explorer.wanted() if isinstance(job.run, Run)}
+    assert methods == {"ST", "KD", "KDIGA"}
+
+
+def test_what_cannot_be_shown_is_said_and_the_old_picture_marked(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    weights = runs.folder(explorer.state.row().runs[0]) / "model.safetensors"
+    weights.unlink()
+    before = explorer.picture.value
+    explorer.controls["view"].value = "image"
+    assert "This point cannot be shown: run" in text_of(explorer)
+    assert explorer.picture.value == before
+    assert is_stale(explorer)
+    assert not explorer.train_button.disabled
+    assert "damaged" in status_of(explorer).lower()
+
+
+def test_another_scale_is_another_parameter_file(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    explorer.controls["scale"].value = "digits"
+    assert explorer.state.params == read(ExploreParams, paths.params("digits", "explore"))
+    assert "--scale digits" in status_of(explorer)
+    assert explorer.controls["seed"].options == (0, 1, 2)
+
+
+# ---- export ----
+
+
+def test_the_parameter_file_brings_the_reader_back(
+    small: ExploreParams, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
+    explorer = Explorer(small)
+    for name, value in {"view": "epsilon", "epsilon": 0.2, "image": 9, "method": "ard"}.items():
+        explorer.controls[name].value = value
+    explorer.export("yaml")
+    path = tmp_path / "figures" / "smoke" / "explorer" / "explore.yaml"
+    assert yaml.safe_load(path.read_text())["show_image"] == 9
+    again = Explorer(read(ExploreParams, path))
+    assert text_of(again) == text_of(explorer)
+    assert again.picture.value == explorer.picture.value
+
+
+@pytest.mark.parametrize(("kind", "opening"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_pictures_are_saved(
+    kind: str, opening: bytes, small: ExploreParams, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
+    Explorer(small).exports[kind].click()
+    assert (tmp_path / "figures" / "smoke" / "explorer" / f"lambda.{kind}").read_bytes().startswith(opening)
+
+
+def test_a_folder_that_cannot_be_written_is_said(
+    small: ExploreParams, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "file"))
+    explorer = Explorer(small)
+    explorer.export("png")
+    assert "cannot be written: Not a directory" in status_of(explorer)
+
+
+# ---- training beside the kernel ----
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_new_point_joins_the_store_and_the_curve(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    explorer.controls["lambda_iga"].value = 1.0
+    explorer.train_button.click()
+    assert explorer.training is not None
+    assert explorer.train_button.disabled
+    assert not explorer.cancel_button.disabled
+    wait_until(lambda: explorer.training is None)
+    wait_until(lambda: "Trained and measured" in status_of(explorer))
+    assert isinstance(explorer.data, TradeOff)
+    assert 1.0 in [found.point.lambda_iga for found in explorer.data.nets if found.trained]
+    assert "PGD-3" in text_of(explorer)
+    assert explorer.train_button.disabled
+    assert explorer.cancel_button.disabled
+
+
+def test_a_cancelled_training_goes_on_from_its_last_epoch(small: ExploreParams, store: Path):
+    explorer = Explorer(small.model_copy(update={"show_view": "loops", **LONG}))
+    run = explorer.state.row().runs[0]
+    explorer.train()
+    wait_until(lambda: runs.epochs_done(run) > 0)
+    explorer.cancel()
+    wait_until(lambda: "Cancelled." in status_of(explorer))
+    done = runs.epochs_done(run)
+    assert 0 < done < 25
+    assert not is_finished(run)
+    assert f"{done} of 25 epochs are done" in text_of(explorer)
+    training = Training(explorer.wanted(), "cpu")
+    assert training.progress.done == done
+    assert training.failures() == []
+    assert len(runs.history(run)) == 25
+    assert training.progress.done == training.progress.total
+
+
+def test_a_damaged_net_is_set_aside_and_trained_again(small: ExploreParams, store: Path):
+    explorer = Explorer(small.model_copy(update={"show_view": "image"}))
+    home = runs.folder(explorer.state.row().runs[0])
+    (home / "model.safetensors").write_bytes(b"no weights")
+    explorer.refresh()
+    explorer.train()
+    wait_until(lambda: "Trained and measured" in status_of(explorer))
+    assert len(list(store.glob(f"{home.name}.damaged-*"))) == 1
+    assert not is_stale(explorer)
+    assert "measured gap" in text_of(explorer)
+
+
+def test_a_training_that_fails_says_why(small: ExploreParams, store: Path):
+    params = one_seed(small, learning_rate=1e30, clip_norm=0.0)
+    training = Training([Job(explored(params, Point("st")).runs[0])], "cpu")
+    (reason,) = training.failures()
+    assert re.search("the term cross_entropy is (nan|inf)", reason)
+
+
+def test_a_process_that_is_killed_is_told_from_one_that_ended(small: ExploreParams, store: Path):
+    params = one_seed(small, **LONG)
+    training = Training([Job(explored(params, Point("isd_wot", loop=1)).runs[0])], "cpu")
+    training.cancel()
+    assert training.failures() == ["the training process ended with status -15"]
+    assert not training.is_running
+
+
+def test_the_loop_view_follows_a_chain_whatever_was_chosen(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    explorer.controls["view"].value = "loops"
+    assert explorer.controls["method"].value == explorer.state.method == "isd_wot"
+    explorer.controls["method"].value = "isd_wit"
+    assert explorer.state.chain == "isd_wit"
