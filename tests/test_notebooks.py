@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from kdiga_nb.artifacts import EVERY
-from kdiga_nb.paths import NOTEBOOKS, PARAMS
+from kdiga_nb.paths import NOTEBOOKS
 
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
@@ -36,11 +36,6 @@ def tagged(path: Path, tag: str) -> list[nbformat.NotebookNode]:
 
 def test_one_notebook_an_artefact_and_the_walkthrough():
     assert {path.stem for path in FILES} == {*EVERY, "walkthrough"}
-
-
-@pytest.mark.parametrize("scale", sorted(path.name for path in PARAMS.iterdir()))
-def test_every_notebook_has_its_parameter_file_and_the_other_way_round(scale: str):
-    assert {path.stem for path in (PARAMS / scale).iterdir()} == {path.stem for path in FILES}
 
 
 @each
