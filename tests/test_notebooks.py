@@ -165,10 +165,12 @@ def test_run_all_twice_in_one_kernel(path: Path, smoke_place: dict[str, str], tm
     values = yaml.safe_load(params("smoke", path.stem).read_text())
     injected = nbformat.v4.new_code_cell(metadata={"tags": ["injected-parameters"]})
     content.cells.insert(place, injected)
-    client = NotebookClient(content, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    where = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(content, timeout=300, kernel_name="python3", resources=where)
     with client.setup_kernel(env=smoke_place):
         for epsilon in (values["epsilon"], values["epsilon"] / 2):
-            injected.source = "\n".join(f"{name} = {value!r}" for name, value in (values | {"epsilon": epsilon}).items())
+            values["epsilon"] = epsilon
+            injected.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
             run_all_cells(client)
             outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
             assert [output for output in outputs if output.output_type == "error"] == []
