@@ -1,11 +1,13 @@
 """The committed notebooks: one an artefact, valid, executed, and free of what belongs to one machine."""
 
 import ast
+import os
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.paths import NOTEBOOKS
@@ -13,6 +15,9 @@ from kdiga_nb.paths import NOTEBOOKS
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 TAGS = {"parameters", "nbval-check-output", "nbval-ignore-output", "nbval-skip", "nbval-raises-exception"}
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|Users|work|tmp|mnt|var|usr)/|[A-Za-z]:\\\\")
+# What another machine prints differently: rounding errors such as 6.3e-16, and wall-clock times.
+ROUNDING = re.compile(r"\de-(?:[1-9]\d|\d{3,})\b")
+SECONDS = re.compile(r"\d\s*(?:s|ms|sec|secs|seconds?|minutes?)\b")
 LONGEST_CELL = 25  # lines: notebooks narrate and call
 
 each = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -113,7 +118,51 @@ def test_committed_claims_were_printed(path: Path):
 
 
 @each
+def test_compared_outputs_hold_neither_rounding_nor_seconds(path: Path):
+    for cell in tagged(path, "nbval-check-output"):
+        for output in cell.get("outputs", []):
+            text = output.get("text") or "".join(str(value) for value in output.get("data", {}).values())
+            assert not ROUNDING.search(text), f"{cell.id} compares rounding: {text}"
+            assert not SECONDS.search(text), f"{cell.id} compares a time: {text}"
+
+
+@each
 def test_committed_at_the_defaults(path: Path):
     # papermill marks what it injected; a notebook committed with that would hide its own defaults.
     assert not [cell for cell in notebook(path).cells if "injected-parameters" in tags(cell)]
     assert "papermill" not in notebook(path).metadata
+
+
+@pytest.fixture(scope="session")
+def smoke_place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a notebook whose runs and figures lie in a folder of this worker's own.
+
+    The notebooks share one run store, so that each net of the smoke scale is trained once per worker.
+    """
+    home = tmp_path_factory.mktemp("run_all")
+    # A warning is not an error in a kernel: the notebooks' machinery is other people's.
+    own = {"KDIGA_RUNS": str(home / "runs"), "KDIGA_FIGURES": str(home / "figures"), "PYTHONWARNINGS": "ignore"}
+    return os.environ | own
+
+
+def run_all_cells(client: NotebookClient) -> None:
+    """JupyterLab's "Run All": every code cell in order; the first error raises."""
+    for index, cell in enumerate(client.nb.cells):
+        client.execute_cell(cell, index)
+
+
+@each
+def test_run_all_twice_in_one_kernel(path: Path, smoke_place: dict[str, str], tmp_path: Path):
+    # Readers change a parameter and run all cells again; names of the first run must not pass for parameters then.
+    content = notebook(path)
+    place = next(i for i, cell in enumerate(content.cells) if "parameters" in tags(cell)) + 1
+    injected = nbformat.v4.new_code_cell(metadata={"tags": ["injected-parameters"]})
+    content.cells.insert(place, injected)
+    where = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(content, timeout=300, kernel_name="python3", resources=where)
+    with client.setup_kernel(env=smoke_place):
+        for epsilon in (0.3, 0.15):
+            injected.source = f"# Parameters\nscale = 'smoke'\nepsilon = {epsilon}"
+            run_all_cells(client)
+            outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
+            assert [output for output in outputs if output.output_type == "error"] == []
