@@ -16,9 +16,8 @@ LISTED = 5  # values outside that a summary names
 def agrees(own: float, published: float, low: float, high: float) -> bool:
     """Whether a value reproduces a published one.
 
-    A published value with a 95 % interval is reproduced by every value inside the interval, limits included. A published
-    value without an interval (a setting, a count, a mean over one net) is reproduced if both values are the same when
-    rounded to two significant digits.
+    With a published 95 % interval: the value lies inside the interval, limits included. Without an interval (a setting,
+    a count, a mean over one net): both values are the same when rounded to two significant digits.
     """
     if pd.isna(low) or pd.isna(high):
         return f"{own:.2g}" == f"{published:.2g}"
@@ -28,8 +27,8 @@ def agrees(own: float, published: float, low: float, high: float) -> bool:
 def compare(scale: str) -> pd.DataFrame:
     """One row per value that both tables of an artefact measured.
 
-    Columns: ``artefact``, ``row``, ``metric``, ``own``, ``published``, ``low``, ``high``, ``inside``. The frame is empty
-    if nothing is published for the scale, or if the user has not run any of the published artefacts.
+    Columns: ``artefact``, ``row``, ``metric``, ``own``, ``published``, ``low``, ``high``, ``inside`` (``agrees``). The
+    frame is empty if nothing is published for the scale, or if the user has run none of the published artefacts.
     """
     columns = ["artefact", "row", "metric", "own", "published", "low", "high"]
     parts = [pd.DataFrame(columns=columns)]
@@ -46,7 +45,7 @@ def compare(scale: str) -> pd.DataFrame:
 
 
 def summary(scale: str) -> str:
-    """How many values agree with the published ones, and the first few that do not; "" if there is nothing to compare."""
+    """How many values agree with the published ones, and the first few that do not; "" without any to compare."""
     table = compare(scale)
     if table.empty:
         return ""
