@@ -7,11 +7,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LINTED := kdiga_nb tests notebooks benchmarks
-# What a test run draws stays out of the committed figures.
+# What a test run draws stays apart from what a reproduction drew.
 ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce explore page test bench notebooks lab clean
+.PHONY: help reproduce explore page test bench notebooks publish lab clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -25,8 +25,9 @@ explore: $(VENV)/.installed ## Open the explorer in JupyterLab: λ_IGA, ε and l
 page: $(VENV)/.installed-page ## Serve the explorer as a page, without code (installs Voilà)
 	$(BIN)/voila --Voila.ip=127.0.0.1 notebooks/explore.ipynb
 
-# The notebooks are checked last: their runs are trained first, in parallel, so that each cell finds them in the store.
-# pytest's filters turn warnings into errors, which suits the unit tests but not other people's notebook machinery.
+# The notebooks are checked last. Their runs come from runs/, the store of `make reproduce`; what the store lacks is
+# trained first, in parallel. pytest names every test that it skipped, with the reason (-ra in pyproject.toml). pytest's
+# filters turn warnings into errors, which suits the unit tests but not the libraries that run notebooks.
 test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run the notebooks and compare what they claim
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
@@ -42,6 +43,10 @@ bench: $(VENV)/.installed-bench ## Measure steps, memory, attacks beside their p
 notebooks: $(VENV)/.installed ## Execute the committed notebooks in place, at their defaults
 	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False \
 		--ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+
+publish: ## For maintainers: copy figures/SCALE to published/SCALE
+	mkdir -p published/$(SCALE)
+	cp figures/$(SCALE)/*.csv figures/$(SCALE)/*.json figures/$(SCALE)/*.png figures/$(SCALE)/*.svg published/$(SCALE)/
 
 lab: $(VENV)/.installed ## Open JupyterLab here
 	$(BIN)/jupyter-lab

@@ -220,6 +220,8 @@ def _train_and_measure(
 
 
 def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: float) -> None:
+    from kdiga_nb.report import published  # not at the top: pandas and matplotlib would slow every command down
+
     typer.echo(f"runs and measurements: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
@@ -227,6 +229,8 @@ def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: floa
     for name, reason in summary.failed.items():
         typer.echo(f"  failed: {name}: {reason}")
     typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
+    if comparison := published.summary(scale):
+        typer.echo(comparison)
 
 
 def _shown(path: Path) -> str:

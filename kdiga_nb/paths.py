@@ -18,8 +18,13 @@ def runs() -> Path:
 
 
 def figures(scale: str) -> Path:
-    """Where the artefacts of a scale go: ``$KDIGA_FIGURES/<scale>``, else ``figures/<scale>`` beside the package."""
+    """Where a run writes the artefacts of a scale: ``$KDIGA_FIGURES/<scale>``, else ``figures/<scale>``."""
     return Path(os.environ.get("KDIGA_FIGURES") or ROOT / "figures") / scale
+
+
+def published(scale: str) -> Path:
+    """The results of a scale that the kit publishes. No run writes here; ``make publish`` does."""
+    return ROOT / "published" / scale
 
 
 def executed(scale: str) -> Path:

@@ -1,5 +1,7 @@
-"""The project's own files: two lists of dependencies that agree, a README that quotes the committed results, and
-nothing committed that belongs to one machine.
+"""The project's own files: two lists of dependencies that agree, pages that quote the published results, and nothing
+committed that belongs to one machine.
+
+Where a page quotes an old number, the failure prints the lines or the sentences that the page should hold.
 
 conda cannot be run everywhere, so environment.yml is compared with pyproject.toml, which every test run installs.
 """
@@ -18,10 +20,11 @@ import pandas as pd
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from test_layers import LEVELS
 
 from kdiga_nb import __version__
-from kdiga_nb.paths import ROOT
-from kdiga_nb.report.numbers import show
+from kdiga_nb.paths import ROOT, published
+from kdiga_nb.report.numbers import show, value
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
@@ -104,6 +107,13 @@ def test_committed_files_are_small() -> None:
     assert sum(sizes.values()) < TOTAL_LIMIT
 
 
+def test_git_ignores_a_users_own_results() -> None:
+    assert [path.name for path in tracked() if path.is_relative_to(ROOT / "figures")] == ["README.md"]
+    own = ["figures/digits/table1.csv", "figures/new/notebooks/table1.ipynb", "figures/smoke/explorer/explore.yaml"]
+    ignored = subprocess.run(["git", "check-ignore", *own], cwd=ROOT, capture_output=True, text=True).stdout
+    assert ignored.split() == own
+
+
 @pytest.mark.parametrize(
     ("pattern", "text"),
     [
@@ -120,28 +130,187 @@ def test_the_patterns_find(pattern: re.Pattern[str], text: str) -> None:
     assert pattern.search(text)
 
 
+# ---- README.md and docs/: short, linked, and true to the published tables ----
+
+README, DOCS = ROOT / "README.md", sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "figures" / "README.md", *DOCS]
+README_LINES, WIDTH = 150, 120
+LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
+# Files that a page names in code type, such as `kdiga_nb/methods.py`, patterns such as `table1.*` included.
+NAMED = re.compile(r"`(?:python )?((?:kdiga_nb|notebooks|benchmarks|published|tests)/[\w./*]*)")
+
+DIGITS_ROWS = [
+    *["st", "kd", "kdiga", "ard", "kdiga_ard_a", "isd_wit_1", "isd_wit_3", "isd_wot_1", "isd_wot_6"],
+    *["pgd_student", "trades_student", "trades_teacher"],
+]
+CIFAR_ROWS = ["st", "kd", "kdiga", "ard", "isd_wot_1", "isd_wot_3", "pgd_student", "trades_teacher"]
+
+
+def text_of(*pages: Path) -> str:
+    """The pages on one line, so that a sentence is found wherever its lines break."""
+    return " ".join(" ".join(page.read_text() for page in pages).split())
+
+
+def rows_below(page: str, heading: str) -> list[list[str]]:
+    lines = (ROOT / page).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(len, lines[start:])]
+
+
+def as_rows(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def assert_table(page: str, heading: str, expected: list[list[str]]) -> None:
+    assert rows_below(page, heading) == expected, f"{page}, below {heading!r}, should hold\n{as_rows(expected)}"
+
+
+def assert_sentences(sentences: list[str], *pages: Path) -> None:
+    absent = [sentence for sentence in sentences if sentence not in text_of(*pages)]
+    names = ", ".join(str(page.relative_to(ROOT)) for page in pages)
+    assert absent == [], f"{names} should say\n" + "\n".join(absent)
+
+
+def table_of(scale: str, artefact: str) -> pd.DataFrame:
+    return pd.read_csv(published(scale) / f"{artefact}.csv")
+
+
+def number(scale: str, artefact: str, row: str, metric: str) -> float:
+    return value(table_of(scale, artefact), row, metric)
+
+
+def with_interval(artefact: str, row: str, metric: str) -> str:
+    table = table_of("digits", artefact)
+    line = table[(table["row"] == row) & (table["metric"] == metric)].iloc[0]
+    return f"{line['value']:.1f} [{line['low']:.1f}, {line['high']:.1f}]"
+
+
+def quoted(scale: str, rows: list[str], columns: list[str]) -> list[list[str]]:
+    """Label and columns of Table 1 as ``report.show`` prints them."""
+    table = table_of(scale, "table1")
+    shown = show(table, ["clean", "pgd20", "autoattack"])
+    labels = [table.loc[table["row"] == row, "label"].iloc[0] for row in rows]
+    return [[label, *(str(shown.loc[label, column]) for column in columns)] for label in labels]
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= README_LINES
+    assert [line for line in lines if len(line) > WIDTH] == []
+
+
+def test_the_readme_links_every_page_of_docs_once() -> None:
+    links = LINK.findall(README.read_text())
+    assert DOCS
+    assert {page.name: links.count(f"docs/{page.name}") for page in DOCS} == {page.name: 1 for page in DOCS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_or_names_exists(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in LINK.findall(text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert [name for name in NAMED.findall(text) if not list(ROOT.glob(name.rstrip("/.")))] == []
+
+
+def test_the_architecture_page_has_the_table_of_layers() -> None:
+    rows = rows_below("docs/architecture.md", "| level | rooms |")
+    named = {room: int(level) for level, rooms, _ in rows for room in re.findall(r"`(\w+)`", rooms)}
+    assert named == LEVELS
+
+
 def test_the_readmes_table_is_the_committed_result() -> None:
-    """Ours [low, high] and the paper's number, as ``report.show`` prints them from figures/digits/table1.csv."""
-    shown = show(pd.read_csv(ROOT / "figures" / "digits" / "table1.csv"), ["clean", "pgd20", "autoattack"])
-    table = rows_below("| row of Table 1 |")
-    assert len(table) >= 10
+    """Ours [low, high] and the paper's number, from published/digits/table1.csv."""
     columns = ["clean, ours", "clean, paper", "pgd20, ours", "pgd20, paper", "autoattack, ours"]
-    for label, *cells in table:
-        assert cells == [str(shown.loc[label, column]) for column in columns], label
+    expected = quoted("digits", DIGITS_ROWS, columns)
+    assert len(expected) >= 10
+    assert_table("docs/results.md", "| row of Table 1 | clean, ours", expected)
+
+
+def test_the_table_on_photographs_is_the_committed_result() -> None:
+    expected = quoted("cifar10_small", CIFAR_ROWS, ["clean, ours", "pgd20, ours", "autoattack, ours"])
+    assert_table("docs/results.md", "| row of Table 1 | clean | PGD-20", expected)
+
+
+def test_the_findings_quote_the_published_tables() -> None:
+    def both(scale: str, row: str) -> str:
+        pgd, autoattack = (number(scale, "table1", row, metric) for metric in ("pgd20", "autoattack"))
+        return f"{pgd:.1f} and {autoattack:.1f} %"
+
+    def transfer(scale: str) -> str:
+        return (
+            f"{both(scale, 'kd')} for KD, {both(scale, 'kdiga')} for KDIGA, {both(scale, 'trades_teacher')} for the "
+            "teacher"
+        )
+
+    st, first, sixth = (number("digits", "table1", row, "autoattack") for row in ("st", "isd_wot_1", "isd_wot_6"))
+    kept = [number("digits", "prop1_certified", row, "kept") for row in ("kdiga_loss", "kdiga_logits")]
+    bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
+    assert len(bound) * 500 == 2000
+    sentences = [
+        f"under PGD-20 and AutoAttack is {transfer('digits')}",
+        f"with small nets it is {transfer('cifar10_small')}",
+        f"rises from {st:.1f} % (ST) to {first:.1f} % after one loop, and falls to {sixth:.1f} % after six loops",
+        loops_on_photographs(),
+        f"certified radius on {kept[0]:.1f} % of the images, and aligning all logits keeps it on {kept[1]:.1f} %",
+        f"{bound['violations_l2'].sum():.0f} of 2,000 images violate the bound; with the dual norm, "
+        f"{bound['violations'].sum():.0f} do",
+    ]
+    assert_sentences(sentences, README)
+
+
+def loops_on_photographs() -> str:
+    table = table_of("cifar10_small", "table1")
+    start, third = value(table, "st", "pgd20"), value(table, "isd_wot_3", "pgd20")
+    reported = table[(table["row"] == "isd_wot_3") & (table["metric"] == "pgd20")]["reported"].iloc[0]
+    return f"lead from {start:.1f} to {third:.1f} % under PGD-20, where the paper reports {reported:.1f} %"
+
+
+def test_the_results_page_quotes_the_published_tables() -> None:
+    def gain(artefact: str, row: str) -> str:
+        return f"{number('digits', artefact, row, 'pgd20') - number('digits', 'table1', 'st', 'pgd20'):.0f}"
+
+    st, first = (number("digits", "table1", row, "autoattack") for row in ("st", "isd_wot_1"))
+    fast = [number("digits", "table5", row, "autoattack") for row in ("kdiga_fgsm", "fgsm_at")]
+    sentences = [
+        f"gains {gain('table1', 'isd_wot_1')} points under PGD-20 over standard training",
+        f"survives AutoAttack ({first:.1f} against {st:.1f})",
+        f"clean accuracy is {number('digits', 'table1', 'kdiga', 'clean'):.1f} %",
+        f"the first loop gains {gain('table4', 'isd_wot_1_no_dropout')} points instead of "
+        f"{gain('table1', 'isd_wot_1')}",
+        f"({fast[0]:.1f} and {fast[1]:.1f} under AutoAttack)",
+        loops_on_photographs(),
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "results.md")
+
+
+def test_the_audit_page_quotes_the_published_tables() -> None:
+    prop1, pareto = table_of("digits", "prop1_certified"), table_of("digits", "pareto")
+    kept = [value(prop1, row, "kept") for row in ("kdiga_loss", "kdiga_logits")]
+    took = [value(prop1, row, "training_seconds") for row in ("kdiga_loss", "kdiga_logits")]
+    seconds = pareto.loc[pareto["metric"] == "training_seconds", "value"]
+    bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
+    ours, fast = (
+        [with_interval("pareto", row, metric) for metric in ("clean", "apgd")] for row in ("kdiga_fgsm", "fgsm_at")
+    )
+    sentences = [
+        f"certified radius on {kept[0]:.1f} % of the images",
+        f"keeps it on {kept[1]:.1f} %, for about {took[1] / took[0]:.1f} times the training time ({took[0]:.1f} and "
+        f"{took[1]:.1f} s per net)",
+        f"{max(bound['violations'].sum(), bound['violations_tight'].sum()):.0f} of 2,000 images violate the bound",
+        f"that Table 3 prints, {bound['violations_l2'].sum():.0f} do",
+        f"{ours[0]} clean and {ours[1]} under APGD against {fast[0]} and {fast[1]}",
+        f"matched to a factor of {seconds.max() / seconds.min():.1f}: {seconds.min():.1f} to {seconds.max():.1f} s",
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "audit.md")
 
 
 def saved(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["result"]
 
 
-def rows_below(heading: str) -> list[list[str]]:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(heading)) + 2
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(len, lines[start:])]
-
-
-def test_the_readme_quotes_the_saved_benchmarks() -> None:
-    """``make bench`` writes what the README's speed tables say."""
+def test_the_speed_page_quotes_the_saved_benchmarks() -> None:
+    """``make bench`` writes what the speed tables say."""
     step, pgd, aa = saved("steps")["step"], saved("attacks")["pgd"], saved("attacks")["autoattack"]
     speed, move = pgd["images_per_second"], saved("explorer")["all"]
     smoke, digits = (
@@ -159,7 +328,9 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
         smoke,
         digits,
     ]
-    assert [row[1] for row in rows_below("| what | ratio")] == expected
+    written = rows_below("docs/speed.md", "| what | ratio")
+    renewed = [[what, ratio, script] for (what, _, script), ratio in zip(written, expected, strict=True)]
+    assert_table("docs/speed.md", "| what | ratio", renewed)
     assert pgd["verdicts that differ"] == {"foolbox": 0, "art": 0}
     assert aa["verdicts that differ"] == 0
     names = {"mobilenet_v2": "MobileNetV2", "preact_resnet18": "PreActResNet-18"}
@@ -173,11 +344,17 @@ def test_the_readme_quotes_the_saved_benchmarks() -> None:
         ]
         for entry in saved("steps")["scaling"]
     ]
-    assert rows_below("| net | images | batch") == scaling
+    assert_table("docs/speed.md", "| net | images | batch", scaling)
 
 
-def test_the_readmes_sentences_on_speed_quote_the_saved_benchmarks() -> None:
-    differences, text = saved("finite_differences"), " ".join((ROOT / "README.md").read_text().split())
+def test_the_scales_page_quotes_the_saved_benchmarks() -> None:
+    smoke, digits = (saved(name)["cold"]["seconds"] for name in ("reproduce_smoke", "reproduce"))
+    sentences = [f"| {smoke:.0f} s on 2 CPU cores", f"({digits:.0f} s from an empty store"]
+    assert_sentences(sentences, ROOT / "docs" / "scales.md")
+
+
+def test_the_sentences_on_speed_quote_the_saved_benchmarks() -> None:
+    differences = saved("finite_differences")
     smooth, kinked = differences["digits_small"], differences["mobilenet_v2 on CIFAR-10"]
     wrong = [100 * min(net["smallest relative error"].values()) for net in (kinked, smooth)]
     step, pages = saved("steps")["step"], [f"{entry['given back / kept']:.1f}" for entry in saved("steps")["pages"]]
@@ -193,4 +370,4 @@ def test_the_readmes_sentences_on_speed_quote_the_saved_benchmarks() -> None:
         f"is {step['arithmetic, kdiga / standard']:.1f} times that of a standard step",
         f"plain formulation's {step['arithmetic, textbook / standard']:.1f} times",
     ]
-    assert [sentence for sentence in sentences if sentence not in text] == []
+    assert_sentences(sentences, ROOT / "docs" / "speed.md", ROOT / "docs" / "gpu.md")
