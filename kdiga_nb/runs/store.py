@@ -173,9 +173,9 @@ def _records(key: str) -> dict[str, Any]:
 def measure(
     run: Source, measure: Measure, *, reference: Source | None = None, device: str | None = None
 ) -> dict[str, Any]:
-    """What ``measure`` gives on the run, from the store or measured now; ``reference`` is the net it is compared to."""
+    """The result of ``measure`` on the run, stored or measured now; ``reference`` is the net it is compared to."""
     name = measure_name(measure, reference)
-    cached = _measures(run).get(name)
+    cached = measured(run, measure, reference=reference)
     if cached is not None:
         return cached
     model = load_or_train(run, device=device)
@@ -185,7 +185,7 @@ def measure(
     data = load_data(run.dataset)
     # One lock a measurement, so that two measurements of one run do not wait for each other.
     with _lock(run, tag), computing(data.image_shape, resolve_device(device)):
-        cached = _measures(run).get(name)
+        cached = measured(run, measure, reference=reference)
         if cached is not None:
             return cached
         started = time.perf_counter()
@@ -198,8 +198,9 @@ def measure(
 
 
 def measured(run: Source, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
-    """What the store has of a measurement; None if it was not taken."""
-    return _measures(run).get(measure_name(measure, reference))
+    """The stored result of a measurement; None if there is none that ``measure.accepts``."""
+    result = _measures(run).get(measure_name(measure, reference))
+    return result if result is not None and measure.accepts(result) else None
 
 
 def check_writable(home: Path) -> None:
