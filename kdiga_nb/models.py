@@ -12,6 +12,7 @@ published files contain it.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -319,7 +320,7 @@ class ImageNetNet(nn.Module):
         import timm
 
         channels = image_shape[0]
-        size = {"img_size": image_shape[1:]} if sized else {}
+        size: dict[str, Any] = {"img_size": image_shape[1:]} if sized else {}
         self.encoder = timm.create_model(name, num_classes=0, in_chans=channels, **size)
         _plain_attention(self.encoder)
         config = timm.get_pretrained_cfg(name)
@@ -346,7 +347,7 @@ def published_weights(name: str, image_shape: ImageShape) -> dict[str, Tensor]:
 
     net = MODELS[name]
     assert net.timm is not None
-    size = {"img_size": image_shape[1:]} if net.sized else {}
+    size: dict[str, Any] = {"img_size": image_shape[1:]} if net.sized else {}
     model = timm.create_model(net.timm, pretrained=True, in_chans=image_shape[0], **size)
     return timm_names(model.state_dict())
 

@@ -19,7 +19,6 @@ from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.data import DATASETS
 from kdiga_nb.measures import Bounds, TestAccuracy
-from kdiga_nb.methods import ARD, AT, IGAM, KD, KDIGA, KDIGA_ARD_A, KDIGA_ARD_C, ST, TRADES, Method
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs.graph import Job
@@ -29,21 +28,12 @@ from kdiga_nb.runs.store import environment, is_finished
 SUSTAINED = 20e12  # floating-point operations per second: an assumption for an H100 in TF32
 BANDWIDTH = 2e12  # bytes per second to and from its memory: also an assumption
 LAUNCH = 1e-5  # minimum seconds per layer: also an assumption
-ASSUMPTION = f"at {SUSTAINED / 1e12:g} TFLOP/s, {BANDWIDTH / 1e12:g} TB/s and {1e6 * LAUNCH:g} µs per layer: assumed, not measured"
-# Forward passes' worth of work a step: of the student, of the teacher. A backward pass counts two, the gradient for the
-# pixels alone one; differentiating the input gradient again doubles the forward pass and that gradient each.
-PASSES: dict[type[Method], tuple[int, int]] = {
-    ST: (3, 0),
-    KD: (3, 1),
-    KDIGA: (6, 2),
-    ARD: (6, 1),
-    KDIGA_ARD_C: (9, 2),
-    KDIGA_ARD_A: (9, 2),
-    IGAM: (6, 2),
-    AT: (3, 0),
-    TRADES: (7, 0),
-}
-# AutoAttack on an image that resists: targets × steps, forward and backward, and Square's queries; half of them do.
+ASSUMPTION = (
+    f"at {SUSTAINED / 1e12:g} TFLOP/s, {BANDWIDTH / 1e12:g} TB/s and {1e6 * LAUNCH:g} µs per layer: "
+    "assumed, not measured"
+)
+# AutoAttack on an image that resists: targets × steps, forward and backward, and Square's queries. Half of all images
+# are assumed to resist.
 AUTOATTACK_PASSES = (2 * (100 + 9 * 100 + 9 * 100) + 5000) // 2
 
 
@@ -111,7 +101,7 @@ def disk_bytes(jobs: Sequence[Job]) -> tuple[int, int]:
 
 def _step(run: Run) -> float:
     method, batch = run.method, run.schedule.batch_size
-    student, teacher = PASSES[type(method)]
+    student, teacher = method.passes
     if run.schedule.trainable == "head":
         student = 1
     attack = getattr(method, "attack", None)
