@@ -105,7 +105,7 @@ def _linear_lower_bound(
             low >= 0, torch.ones_like(low), high.clamp(min=0) / (high.clamp(min=0) - low).clamp(min=1e-12)
         )
         offset = torch.where((low < 0) & (high > 0), -above * low, torch.zeros_like(low))
-        # The lower line of an unstable ReLU may have any slope in [0, 1]; 0 or 1 is taken, whichever leaves the smaller area.
+        # The lower line of an unstable ReLU may have any slope in [0, 1]; take 0 or 1, whichever has less area.
         below = torch.where(low >= 0, torch.ones_like(low), (high > -low).to(low))
         positive, negative = weight.clamp(min=0), weight.clamp(max=0)
         bias = bias + (negative * offset.unsqueeze(1)).sum(2)
