@@ -235,7 +235,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(server: Server) -> 
 
 def test_a_download_that_keeps_breaking_off_is_taken_up_by_the_next_start(server: Server) -> None:
     server.deaths, server.budget = 3, 100_000
-    with pytest.raises(StoreError, match="300000 bytes are kept, the next try resumes from there"):
+    with pytest.raises(StoreError, match="300000 bytes are kept, the next attempt resumes there"):
         locate(at(server))
     assert locate(at(server)).read_bytes() == server.content
     assert server.requests[-1] == "bytes=300000-"
