@@ -39,8 +39,9 @@ from kdiga_nb.params import (
 )
 from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
 from kdiga_nb.runs.graph import Job, Outcome, default_workers, graph_of, run_all, title
+from kdiga_nb.runs.listing import list_store, stored
 from kdiga_nb.runs.run import run_key
-from kdiga_nb.runs.store import check_writable, list_store, measure, stored
+from kdiga_nb.runs.store import check_writable, measure
 
 app = typer.Typer(
     add_completion=False,

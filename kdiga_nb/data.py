@@ -1,10 +1,10 @@
 """``load_data(name)``: images in [0, 1] and labels, their training-time augmentation, and shuffled batches.
 
 scikit-learn and torchvision do the reading. To add a data set, write one function that returns ``Data`` and enter it in
-``DATASETS``: parameter files, the command and the tests take their names from there.
+``DATASETS``: parameter files, the command and the tests take the names from that table.
 
-Small data sets are tensors. Photographs are files that are decoded when they are asked for (``Photographs``): by worker
-processes in training, by threads where a part of them is moved to a device.
+Small data sets are tensors. Photographs are files that are decoded on use (``Photographs``): by worker processes in
+training, by threads where a part of them is moved to a device.
 """
 
 import os
@@ -26,7 +26,7 @@ SPLIT_SEED = 0
 
 
 class DataError(ValueError):
-    """A data set that is not there or not what it should be; one line that says what to do."""
+    """A data set is missing or not what it should be; the message says in one line what to do."""
 
 
 class Split(NamedTuple):
@@ -73,24 +73,24 @@ class Augmentation:
         return images
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), one draw an image."""
+        """(B, C, H, W) -> (B, C, H, W), one draw per image."""
         return self.apply(images, self.draw(len(images), generator))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device, without waiting for a GPU to finish what it is at."""
+    """The tensor on the device, without waiting for the GPU's current work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class Photographs:
-    """Image files of a torchvision data set, brought to ``side`` × ``side`` pixels when they are asked for.
+    """Image files of a torchvision data set, decoded and resized to ``side`` × ``side`` pixels on use.
 
-    ``photographs[start:stop]`` is a part of them, still unread; ``photographs.to(device)`` reads them, (n, 3, side,
-    side) in [0, 1]. For training (``read`` with a seed) the crop is random in place and size and may be mirrored, as is
-    the custom on ImageNet (the paper does not say); otherwise it is the centre of the image, whose shorter side is
-    8/7 of the crop.
+    ``photographs[start:stop]`` is a part of the files, still unread; ``photographs.to(device)`` reads the files, (n, 3,
+    side, side) in [0, 1]. For training (``read`` with a seed) the crop is random in place and size and may be mirrored,
+    as is usual on ImageNet (the paper does not say). Otherwise the crop is the centre of the image, whose shorter side
+    is first resized to 8/7 of the crop.
     """
 
     def __init__(self, files: Any, order: Sequence[int], side: int):
@@ -144,7 +144,8 @@ class Data:
 
     The last ``validation_size`` examples of ``train`` are its ``validation`` part. Training only ever sees ``fitting``,
     the rest; checkpoints are selected on ``validation``; ``test`` is for measuring. ``eight_bit`` says that pixels are
-    multiples of 1/255, which a device may then hold as bytes.
+    multiples of 1/255, which a device may then hold as bytes. ``single_thread`` says that one CPU thread computes nets
+    on these images about as quickly as several, as for 8×8 digits; sums then do not depend on the number of threads.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Data:
     validation_size: int
     augmentation: Augmentation = Augmentation()
     eight_bit: bool = False
+    single_thread: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -223,7 +225,7 @@ class Feed:
 
         Args:
             generator: of the order and the augmentation, seeded for the epoch.
-            skip, state: to go on inside an epoch: the batches already done, and the generator's state after them.
+            skip, state: to resume inside an epoch: the number of batches done, and the generator's state after them.
         """
         order = torch.randperm(self.size, generator=generator)
         parts = order.split(batch_size)[skip : self.steps(batch_size)]
@@ -246,8 +248,8 @@ class Feed:
     def _read(
         self, photographs: Photographs, parts: Sequence[Tensor], generator: torch.Generator, augment: bool
     ) -> Iterator[Split]:
-        # Batches are read ahead of their turn, so nothing may be drawn batch by batch: an image's seed follows from one
-        # draw an epoch and the image's number.
+        # Workers read batches ahead, so no draw may depend on the order of batches: an image's seed follows from one
+        # draw per epoch and the image's number.
         base = int(torch.randint(2**31, (), generator=generator)) if augment else -1
         keys = [
             [(int(index), (base + int(index)) % 2**31 if augment else -1) for index in self.shard.of(part)]
@@ -282,13 +284,14 @@ def _digits(_root: Path) -> Data:
         num_classes=10,
         validation_size=97,
         augmentation=Augmentation(padding=1),
+        single_thread=True,
     )
 
 
 def _transformed_digits(name: str, transform: Callable[[Tensor], Tensor], augmentation: Augmentation) -> Data:
     digits = load_data("digits")
     train, test = (Split(transform(part.images), part.labels) for part in (digits.train, digits.test))
-    return Data(name, train, test, digits.num_classes, digits.validation_size, augmentation)
+    return replace(digits, name=name, train=train, test=test, augmentation=augmentation)
 
 
 def _digits_rotated(_root: Path) -> Data:
@@ -312,7 +315,7 @@ def _images(pixels: Tensor, labels: Any) -> Split:
 
 
 def _open(name: str, root: Path, folder: str, build: Callable[[bool], Any], archives: Sequence[tuple[str, str]]) -> Any:
-    """A torchvision data set; archives that lie there whole are unpacked, nothing is downloaded.
+    """A torchvision data set. Complete archives are unpacked; nothing is downloaded.
 
     Args:
         folder: where its files are, below ``root``.
@@ -342,11 +345,17 @@ def _cifar10(root: Path) -> Data:
     archive = [(CIFAR10.filename, CIFAR10.tgz_md5)]
 
     def part(train: bool) -> Split:
-        found = _open("cifar10", root, CIFAR10.base_folder, lambda get: CIFAR10(root, train, download=get), archive)
-        return _images(torch.from_numpy(found.data).permute(0, 3, 1, 2), found.targets)
+        files = _open("cifar10", root, CIFAR10.base_folder, lambda get: CIFAR10(root, train, download=get), archive)
+        return _images(torch.from_numpy(files.data).permute(0, 3, 1, 2), files.targets)
 
     augmentation = Augmentation(padding=4, flip=True)
     return Data("cifar10", part(True), part(False), 10, 1000, augmentation, eight_bit=True)
+
+
+def _download_cifar10(root: Path) -> object:
+    from torchvision.datasets import CIFAR10
+
+    return CIFAR10(root, download=True)
 
 
 def _mnist(root: Path) -> Data:
@@ -356,10 +365,16 @@ def _mnist(root: Path) -> Data:
     archives = [(f"MNIST/raw/{name}", md5) for name, md5 in MNIST.resources]
 
     def part(train: bool) -> Split:
-        found = _open("mnist", root, "MNIST/raw", lambda get: MNIST(str(root), train, download=get), archives)
-        return _images(found.data[:, None], found.targets)
+        files = _open("mnist", root, "MNIST/raw", lambda get: MNIST(str(root), train, download=get), archives)
+        return _images(files.data[:, None], files.targets)
 
     return Data("mnist", part(True), part(False), 10, 1000, eight_bit=True)
+
+
+def _download_mnist(root: Path) -> object:
+    from torchvision.datasets import MNIST
+
+    return MNIST(str(root), download=True)
 
 
 # Imagenette's classes among ImageNet's 1,000, in Imagenette's order.
@@ -367,7 +382,7 @@ IMAGENETTE_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 
 
 def _photographs(name: str, train: Any, test: Any, side: int, classes: int, validation: int) -> Data:
-    """Folders of photographs, in a fixed random order, for they are sorted by class."""
+    """Folders of photographs in a fixed random order, because the folders are sorted by class."""
 
     def part(files: Any, labels: Sequence[int]) -> Split:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
@@ -392,6 +407,12 @@ def _imagenette(root: Path) -> Data:
         return _open("imagenette", root, "imagenette2-160", build, [])
 
     return _photographs("imagenette", part("train"), part("val"), 128, 10, 500)
+
+
+def _download_imagenette(root: Path) -> object:
+    from torchvision.datasets import Imagenette
+
+    return Imagenette(root, size="160px", download=not (root / "imagenette2-160").is_dir())
 
 
 def _imagenette_32(root: Path) -> Data:
@@ -421,15 +442,38 @@ def _imagenet(root: Path) -> Data:
     return _photographs("imagenet", train, test, 224, 1000, 10_000)
 
 
-DATASETS: dict[str, Callable[[Path], Data]] = {
-    "digits": _digits,
-    "digits_rotated": _digits_rotated,
-    "digits_inverted": _digits_inverted,
-    "cifar10": _cifar10,
-    "mnist": _mnist,
-    "imagenette": _imagenette,
-    "imagenette_32": _imagenette_32,
-    "imagenet": _imagenet,
+@dataclass(frozen=True)
+class Dataset:
+    """One entry of ``DATASETS``: how to load it, and what a cost estimate must know before its files are there.
+
+    Attributes:
+        load: folder -> the data set.
+        image_shape: (C, H, W); other shapes mean wrong files.
+        fitting, test, classes: how many examples and classes it has.
+        download: folder -> fetches the files with torchvision; None if the data set has none or needs a registration.
+        imagenet_classes: the data set's classes among ImageNet's 1,000, in its own order.
+    """
+
+    load: Callable[[Path], Data]
+    image_shape: tuple[int, int, int]
+    fitting: int
+    test: int
+    classes: int = 10
+    download: Callable[[Path], object] | None = None
+    imagenet_classes: tuple[int, ...] | None = None
+
+
+DATASETS: dict[str, Dataset] = {
+    "digits": Dataset(_digits, (1, 8, 8), 1200, 500),
+    "digits_rotated": Dataset(_digits_rotated, (1, 8, 8), 1200, 500),
+    "digits_inverted": Dataset(_digits_inverted, (1, 8, 8), 1200, 500),
+    "cifar10": Dataset(_cifar10, (3, 32, 32), 49_000, 10_000, download=_download_cifar10),
+    "mnist": Dataset(_mnist, (1, 28, 28), 59_000, 10_000, download=_download_mnist),
+    "imagenette": Dataset(
+        _imagenette, (3, 128, 128), 8_969, 3_925, download=_download_imagenette, imagenet_classes=IMAGENETTE_CLASSES
+    ),
+    "imagenette_32": Dataset(_imagenette_32, (3, 32, 32), 8_969, 3_925, imagenet_classes=IMAGENETTE_CLASSES),
+    "imagenet": Dataset(_imagenet, (3, 224, 224), 1_271_167, 50_000, 1000),
 }
 
 
@@ -451,26 +495,15 @@ def load_data(name: str, *, root: Path | None = None) -> Data:
 
 @lru_cache
 def _loaded(name: str, root: Path) -> Data:
-    data = DATASETS[name](root)
+    data, shape = DATASETS[name].load(root), DATASETS[name].image_shape
     for part in (data.train, data.test):
-        if part.images.shape[1:] != SHAPES[name]:
-            raise DataError(f"{name}: images of shape {tuple(part.images.shape[1:])} under {root}, not {SHAPES[name]}")
+        if part.images.shape[1:] != shape:
+            raise DataError(f"{name}: images of shape {tuple(part.images.shape[1:])} under {root}, not {shape}")
         if not len(part.labels) or len(part.labels) != len(part.images):
             raise DataError(f"{name}: {len(part.images)} images and {len(part.labels)} labels under {root}")
         if int(part.labels.max()) >= data.num_classes:
             raise DataError(f"{name}: label {int(part.labels.max())} of {data.num_classes} classes under {root}")
     return data
-
-
-# What a file of another data set under the same name would get wrong.
-SHAPES = {
-    **dict.fromkeys(("digits", "digits_rotated", "digits_inverted"), (1, 8, 8)),
-    "cifar10": (3, 32, 32),
-    "mnist": (1, 28, 28),
-    "imagenette": (3, 128, 128),
-    "imagenette_32": (3, 32, 32),
-    "imagenet": (3, 224, 224),
-}
 
 
 def download(name: str, *, root: Path | None = None) -> None:
@@ -479,19 +512,12 @@ def download(name: str, *, root: Path | None = None) -> None:
     Raises:
         DataError: a data set that cannot be downloaded, or a download that failed.
     """
-    from torchvision.datasets import CIFAR10, MNIST, Imagenette
-
-    root = root or paths.data()
-    fetch: dict[str, Callable[[], object]] = {
-        "cifar10": lambda: CIFAR10(root, download=True),
-        "mnist": lambda: MNIST(str(root), download=True),
-        "imagenette": lambda: Imagenette(root, size="160px", download=not (root / "imagenette2-160").is_dir()),
-    }
-    if name not in fetch:
-        raise DataError(f"{name}: cannot be downloaded; {', '.join(fetch)} can")
+    root, fetch = root or paths.data(), DATASETS[name].download if name in DATASETS else None
+    if fetch is None:
+        raise DataError(f"{name}: cannot be downloaded; {', '.join(n for n, d in DATASETS.items() if d.download)} can")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        fetch[name]()
+        fetch(root)
     except (RuntimeError, OSError) as error:
         raise DataError(f"{name}: the download failed ({str(error).strip().splitlines()[0]}); try again") from error
     _loaded.cache_clear()

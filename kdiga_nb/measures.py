@@ -1,6 +1,6 @@
 """Measurements as values: a frozen dataclass that is called with a net and data and returns plain numbers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import Attack
 from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import input_gradient
-from kdiga_nb.metrics import BoundTerms, accuracy, gap_and_bound, local_linearity, proportion
+from kdiga_nb.metrics import Attacking, BoundTerms, classified_correctly, gap_and_bound, local_linearity, proportion
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import frozen
 
 
 class Measure:
-    """Something to be measured on a trained net; subclasses are frozen dataclasses, so that they can name a result."""
+    """One measurement of a trained net. Subclasses are frozen dataclasses; their fields name the stored result."""
 
     def __call__(
         self, model: nn.Module, data: Data, *, reference: nn.Module | None = None, state: Path | None = None
@@ -27,19 +26,32 @@ class Measure:
 
         Args:
             reference: the teacher that the net is compared to, for the measures that compare.
-            state: where an evaluation in several parts may keep what it has, to be resumed from.
+            state: a file where an evaluation in several parts keeps the finished parts and resumes from.
         """
         raise TypeError(f"{type(self).__name__} measures nothing")
+
+    def accepts(self, result: dict[str, Any]) -> bool:
+        """Whether a stored result has everything that this measurement is taken for."""
+        return True
 
 
 @dataclass(frozen=True)
 class TestAccuracy(Measure):
-    """Accuracy on the first ``images`` test images (all of them by default), under ``attack`` if there is one."""
+    """Accuracy on the first ``images`` test images (all of them by default), under ``attack`` if there is one.
+
+    ``survivors`` is the mask of the images that are still classified correctly, one character ("1" or "0") per image,
+    so that attacks can be compared image by image. Stores of version 0.1.0 hold results without the mask; with
+    ``needs_mask`` such a result does not count as measured.
+    """
 
     __test__ = False  # no pytest class
 
-    attack: Attack | None = None
+    attack: Attacking | None = None
     images: int | None = None
+    needs_mask: bool = field(default=False, metadata={"unnamed": True})
+
+    def accepts(self, result: dict[str, Any]) -> bool:
+        return not self.needs_mask or "survivors" in result
 
     def __call__(
         self, model: nn.Module, data: Data, *, reference: nn.Module | None = None, state: Path | None = None
@@ -49,10 +61,15 @@ class TestAccuracy(Measure):
             model = folded_copy(model, data.image_shape)
         if isinstance(self.attack, AutoAttack):
             report = self.attack.evaluate(model, x, y, state=state)
-            result = proportion(int(report.robust.sum()), len(y))
             members = {name: 100 * mask.double().mean().item() for name, mask in report.survivors.items()}
-            return vars(result) | {"members": members, "flags": report.flags}
-        return dict(vars(accuracy(model, x, y, attack=self.attack)))
+            return with_mask(report.robust) | {"members": members, "flags": report.flags}
+        return with_mask(classified_correctly(model, x, y, attack=self.attack))
+
+
+def with_mask(correct: Tensor) -> dict[str, Any]:
+    """The accuracy that a mask (n,) of correct decisions stands for, and the mask as text under ``survivors``."""
+    mask = "".join("1" if one else "0" for one in correct.tolist())
+    return vars(proportion(int(correct.sum()), len(correct))) | {"survivors": mask}
 
 
 @dataclass(frozen=True)
@@ -113,11 +130,12 @@ class Linearity(Measure):
 class ImageBounds(Measure):
     """Proposition 2 for each of the first ``images`` test images against a reference teacher.
 
-    ``images`` holds a list an entry of: ``gap`` (measured), ``bound`` (dual norm), ``bound_tight`` (|CE_s − CE_t|, dual
+    ``images`` holds one list per term: ``gap`` (measured), ``bound`` (dual norm), ``bound_tight`` (|CE_s − CE_t|, dual
     norm), ``bound_l2`` (the norm that Table 3 prints), ``llm_student``, ``llm_teacher``, ``ce_sum``, ``ce_difference``,
-    ``distance_l1``, ``distance_l2``. Under the same names stand their means; ``violations``, ``violations_tight`` and
-    ``violations_l2`` count the images whose gap exceeds the bound; ``tightness`` and ``tightness_tight`` are mean
-    quotients of gap and bound. γ is searched for, so every bound here is one from below.
+    ``distance_l1``, ``distance_l2``. The same keys of the result hold their means. ``violations``,
+    ``violations_tight`` and ``violations_l2`` count the images whose gap exceeds the bound; ``tightness`` and
+    ``tightness_tight`` are mean quotients of gap and bound. γ comes from a search, so the true bounds are at least as
+    large as these.
     """
 
     epsilon: float
@@ -154,7 +172,7 @@ class ImageBounds(Measure):
 def _proposition_2(
     model: nn.Module, reference: nn.Module | None, data: Data, measure: Bounds | ImageBounds
 ) -> tuple[Tensor, BoundTerms, Tensor]:
-    """Both sides of Proposition 2 on the measure's images, and ‖g_s − g_t‖₂, one value an image."""
+    """Both sides of Proposition 2 on the measure's images, and ‖g_s − g_t‖₂, one value per image."""
     if reference is None:
         raise ValueError("the terms of Proposition 2 need a reference teacher")
     x, y = first_images(data, model, measure.images)
@@ -166,11 +184,11 @@ def _proposition_2(
 
 
 def first_images(data: Data, model: nn.Module, images: int | None) -> Split:
-    """The first ``images`` test images (None: all) and their labels, where the model is."""
+    """The first ``images`` test images (None: all) and their labels, on the model's device."""
     return _moved(data.test, images, next(iter(model.parameters()), torch.empty(0)).device)
 
 
 @lru_cache(maxsize=1)
 def _moved(test: Split, images: int | None, device: torch.device) -> Split:
-    """One after the other, the measurements of many nets share what was moved (or, of photographs, read) once."""
+    """Cached: consecutive measurements share the images, which photographs take long to read."""
     return Split(test.images[:images].to(device), test.labels[:images].to(device))

@@ -38,9 +38,17 @@ PRESETS: dict[str, dict[str, str]] = {
 
 
 class Method:
-    """What every method shares: its name, whether it needs a teacher, and checks of the fields' values."""
+    """What every method shares: checks of its fields, and what a step needs.
+
+    Attributes:
+        needs_teacher: whether the method needs a teacher.
+        passes: the cost of one step in forward passes of the student and of the teacher, without the attack's steps. A
+            backward pass counts two and the gradient of the pixels alone one; differentiating an input gradient again
+            counts the forward pass and the input gradient twice each.
+    """
 
     needs_teacher: ClassVar[bool] = True
+    passes: ClassVar[tuple[int, int]] = (3, 0)
 
     def __post_init__(self) -> None:
         for item in fields(self):  # pyright: ignore[reportArgumentType]
@@ -104,6 +112,7 @@ class ST(Method):
 class KD(Method):
     """Knowledge distillation: λ_CE·CE(f_s(x), y) + λ_KL·KL(f_s(x), f_t(x)). Equation 17."""
 
+    passes: ClassVar[tuple[int, int]] = (3, 1)
     lambda_ce: float = 0.5
     lambda_kl: float = 0.5
     temperature: float = 1.0
@@ -132,6 +141,7 @@ class KDIGA(Method):
     what the proof of Proposition 1 needs with more than two classes and costs a backward pass a class.
     """
 
+    passes: ClassVar[tuple[int, int]] = (6, 2)
     lambda_ce: float = 0.5
     lambda_kl: float = 0.5
     lambda_iga: float = 1.0
@@ -177,6 +187,7 @@ class ARD(Method):
     f_t(x + δ) (``adversarial``, as the authors' code has it). ARD's own authors use λ_CE = 0, λ_KL = 1, T = 30.
     """
 
+    passes: ClassVar[tuple[int, int]] = (6, 1)
     attack: SignAscent
     lambda_ce: float = 0.5
     lambda_kl: float = 0.5
@@ -199,6 +210,7 @@ class ARD(Method):
 class KDIGA_ARD_C(Method):
     """KDIGA on clean images and ARD: CE(f_s(x)), KL(f_s(x + δ), f_t(x)), IGA at x. Equation 20."""
 
+    passes: ClassVar[tuple[int, int]] = (9, 2)
     attack: SignAscent
     lambda_ce: float = 0.5
     lambda_kl: float = 0.5
@@ -223,6 +235,7 @@ class KDIGA_ARD_C(Method):
 class KDIGA_ARD_A(Method):
     """KDIGA on adversarial images: CE(f_s(x)), KL(f_s(x + δ), f_t(x + δ)), IGA at x + δ. Equation 21."""
 
+    passes: ClassVar[tuple[int, int]] = (9, 2)
     attack: SignAscent
     lambda_ce: float = 0.5
     lambda_kl: float = 0.5
@@ -261,6 +274,7 @@ class TRADES(Method):
     The attack lends its radius, steps and start; it needs a random start, for the divergence has no gradient at x.
     """
 
+    passes: ClassVar[tuple[int, int]] = (7, 0)
     attack: SignAscent
     beta: float = 6.0
     needs_teacher: ClassVar[bool] = False
@@ -304,6 +318,7 @@ class IGAM(Method):
     layer fine-tuned on this one.
     """
 
+    passes: ClassVar[tuple[int, int]] = (6, 2)
     lambda_ce: float = 1.0
     lambda_adv: float = 0.1
     lambda_diff: float = 1.0

@@ -1,24 +1,31 @@
 """What is measured on a trained net: accuracy with its interval, local linearity, the terms of Proposition 2.
 
-A ``Measure`` is a value, like a run: a frozen dataclass that is called with a net and data and returns plain numbers,
-so that the store can cache it under a readable name.
+These are plain functions of nets and tensors; ``measures`` turns them into values that the store can cache.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import Attack
 from kdiga_nb.attacks.checks import check_inputs
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.numerics.batches import Results, in_batches
 from kdiga_nb.numerics.scopes import frozen, full_precision_inference
 
 EVALUATION_SEED = 0
-BATCH_SIZE = 500  # images at a time, fewer where memory does not hold them
+BATCH_SIZE = 500  # images per forward pass, fewer where memory does not hold them
 STARTS = 3  # of a search for a largest value, in one batch
+
+
+class Attacking(Protocol):
+    """Anything that turns images into adversarial ones."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Adversarial images (B, C, H, W) in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ def accuracy(
     images: Tensor,
     labels: Tensor,
     *,
-    attack: Attack | None = None,
+    attack: Attacking | None = None,
     batch_size: int = BATCH_SIZE,
     generator: torch.Generator | None = None,
 ) -> Accuracy:
@@ -52,24 +59,65 @@ def accuracy(
 
     Args:
         images, labels: (n, C, H, W) in [0, 1] and (n,).
-        generator: of the attack's random starts; by default one of fixed seed, so that a figure can be repeated.
+        generator: of the attack's random starts; the default has a fixed seed, so that a number can be repeated.
 
     Raises:
         ValueError: images outside [0, 1] or labels out of range.
     """
+    correct = classified_correctly(model, images, labels, attack=attack, batch_size=batch_size, generator=generator)
+    return proportion(int(correct.sum()), len(labels))
+
+
+def classified_correctly(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attacking | None = None,
+    attacked: nn.Module | None = None,
+    batch_size: int = BATCH_SIZE,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The mask (n,) of the images that ``accuracy`` counts as correct.
+
+    Args:
+        attacked: the net that ``attack`` attacks (default: ``model``); another net makes this a transfer attack.
+    """
     check_inputs(model, images, labels)
+    attacked = model if attacked is None else attacked
     if generator is None:
         generator = torch.Generator(images.device).manual_seed(EVALUATION_SEED)
 
     def right(x: Tensor, y: Tensor) -> Results:
         if attack is not None:
-            x = attack(model, x, y, generator=generator)
+            x = attack(attacked, x, y, generator=generator)
         with full_precision_inference():
             return (model(x).argmax(1) == y,)
 
-    with frozen(model):
-        (correct,) = in_batches(right, (images, labels), batch_size, models=[model], generator=generator)
-    return proportion(int(correct.sum()), len(labels))
+    models = [model] if attacked is model else [model, attacked]
+    with frozen(model), frozen(attacked):
+        return in_batches(right, (images, labels), batch_size, models=models, generator=generator)[0]
+
+
+def loss_surface(
+    model: nn.Module, x: Tensor, y: Tensor, directions: tuple[Tensor, Tensor], radius: float, points: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats on a plane around one image, and whether the decision is correct there.
+
+    Both results are (points, points): one row per multiple of the first direction, one column per multiple of the
+    second, from −radius to radius. Pixels are clamped to [0, 1].
+
+    Args:
+        x, y: one image (1, C, H, W) and its label (1,).
+        directions: two perturbations (1, C, H, W) of size 1 in ℓ∞, the signs of a gradient for instance.
+    """
+    axis = torch.linspace(-radius, radius, points, dtype=x.dtype, device=x.device)
+    rows, columns = (part.reshape(-1, 1, 1, 1) for part in torch.meshgrid(axis, axis, indexing="ij"))
+    labels = y.expand(points * points)
+    with torch.no_grad():
+        logits = model((x + rows * directions[0] + columns * directions[1]).clamp(0, 1))
+    losses, correct = cross_entropy(logits, labels), logits.argmax(1) == labels
+    return losses.view(points, points), correct.view(points, points)
 
 
 def local_linearity(
@@ -77,11 +125,11 @@ def local_linearity(
 ) -> Tensor:
     """LLM of Definition 2: max over ‖δ‖∞ ≤ ε of |CE(f(x+δ)) − CE(f(x)) − δᵀ∇CE(f(x))|, (B,) in nats.
 
-    The maximum is searched by sign ascent from three starts, a random one and the two corners ±ε·sign(∇CE), keeping
-    the best iterate, so the value is a lower bound of the true maximum. (One random start alone stops at poor local
-    maxima: the gap has no slope at δ = 0.) The absolute value is part of the objective and δ stays in the ball (the
-    authors drop the one and take steps of 0.1, far beyond the other). The domain is the ball alone, as in the
-    definition: x + δ may leave [0, 1].
+    Sign ascent from three starts, a random one and the two corners ±ε·sign(∇CE), searches for the maximum and keeps
+    the best iterate, so the value is a lower bound of the true maximum. (A single random start stops at poor local
+    maxima: the gap has no slope at δ = 0.) The absolute value is part of the objective, and δ stays in the ball. (The
+    authors' code drops the absolute value and takes steps of 0.1, which leave the ball.) The domain is the ball alone,
+    as in the definition: x + δ may leave [0, 1].
 
     Args:
         x, y, epsilon: images (B, C, H, W) in [0, 1], labels (B,), radius in pixel units.
@@ -103,7 +151,7 @@ def _linearity(
     step_size: float | None,
     candidates: list[Tensor],
 ) -> Tensor:
-    """``local_linearity``, which also looks at the given perturbations as they are."""
+    """``local_linearity`` that also evaluates the gap at the given perturbations."""
     check_inputs(model, x, y)
     with frozen(model):
         gradient, logits = input_gradient(model, x, y)
@@ -127,7 +175,7 @@ def measured_gap(
 ) -> Tensor:
     """The left side of Proposition 2, max over ‖δ‖∞ ≤ ε of |CE(f_s(x+δ), y) − CE(f_t(x+δ), y)|, (B,) in nats.
 
-    Searched like ``local_linearity``, so it too is a lower bound of the true maximum.
+    The search is that of ``local_linearity``, so the value is a lower bound of the true maximum.
     """
 
     def work(x: Tensor, y: Tensor) -> Results:
@@ -139,7 +187,7 @@ def measured_gap(
 def _gap(
     student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, epsilon: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """``measured_gap``, and the perturbations (B, C, H, W) where it was found."""
+    """``measured_gap``, and the perturbations (B, C, H, W) that reach it."""
     check_inputs(student, x, y)
     with frozen(student), frozen(teacher):
 
@@ -161,9 +209,9 @@ def _random_start(x: Tensor, epsilon: float) -> Tensor:
 def _largest(
     gap: Callable[[Tensor], Tensor], starts: list[Tensor], epsilon: float, steps: int, step_size: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Sign ascent on δ in the ball from each start: the largest value of each example on the way, and its δ."""
+    """Sign ascent on δ in the ball from each start: the largest value per example on the way, and its δ."""
     step_size = epsilon / 10 if step_size is None else step_size
-    delta = torch.cat(starts)  # all ascents at once: on few images the calls cost more than the arithmetic
+    delta = torch.cat(starts)  # all ascents in one batch: on few images the calls cost more than the arithmetic
     best = torch.full_like(delta.flatten(1)[:, 0], -1)
     where = torch.zeros_like(delta)
 
@@ -191,14 +239,14 @@ def _for_each_start(tensor: Tensor, delta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """The terms of Proposition 2, one value an example (B,), in nats.
+    """The terms of Proposition 2, one value per example (B,), in nats.
 
     |CE(f_s(x+δ), y) − CE(f_t(x+δ), y)| ≤ γ_s + γ_t + φ with φ = CE_s + CE_t + ε‖g_s − g_t‖.
 
     Attributes:
         llm_student, llm_teacher: γ_s and γ_t, estimated from below by ``local_linearity``.
         ce_student, ce_teacher: cross-entropies at x.
-        distance: ‖g_s − g_t‖ in the norm asked for.
+        distance: ‖g_s − g_t‖ in the chosen norm.
         epsilon: radius in pixel units.
     """
 
@@ -221,7 +269,7 @@ class BoundTerms:
 
     @property
     def tight(self) -> Tensor:
-        """The same with |CE_s − CE_t| for CE_s + CE_t: the triangle inequality gives no more."""
+        """``bound`` with |CE_s − CE_t| in place of CE_s + CE_t: all that the triangle inequality needs."""
         difference = (self.ce_student - self.ce_teacher).abs()
         return self.llm_student + self.llm_teacher + difference + self.epsilon * self.distance
 
@@ -235,8 +283,8 @@ def bound_terms(
     """Every term of Proposition 2 for images (B, C, H, W) and labels (B,).
 
     Args:
-        norm: of the gradient difference. ``l1`` is the dual of ℓ∞ and the one the statement needs; ``l2`` is what
-            Table 3 prints, and with it the inequality can fail by up to the root of the number of pixels.
+        norm: of the gradient difference. ``l1`` is the dual of ℓ∞, which the proposition needs; ``l2`` is what Table 3
+            prints, and with ``l2`` the inequality can fail by up to the root of the number of pixels.
 
     Raises:
         ValueError: an unknown norm, images outside [0, 1] or labels out of range.
@@ -247,8 +295,8 @@ def bound_terms(
     def work(x: Tensor, y: Tensor) -> Results:
         return _bound_terms(student, teacher, x, y, epsilon, norm, steps, [])
 
-    found = in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)
-    return BoundTerms(*found, epsilon=epsilon)
+    terms = in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)
+    return BoundTerms(*terms, epsilon=epsilon)
 
 
 def _bound_terms(
@@ -277,12 +325,13 @@ def gap_and_bound(
 ) -> tuple[Tensor, BoundTerms]:
     """Both sides of Proposition 2, in the norm it needs: ``measured_gap`` (B,) and ``bound_terms``.
 
-    γ is only searched for; looking where the gap was found too keeps a short search from faking a violation.
+    γ comes from a search. The search for γ also looks where the gap is largest, so that a short search does not fake
+    a violation.
     """
 
     def work(x: Tensor, y: Tensor) -> Results:
-        gap, found = _gap(student, teacher, x, y, epsilon, steps)
-        return gap, *_bound_terms(student, teacher, x, y, epsilon, "l1", steps, [found])
+        gap, delta = _gap(student, teacher, x, y, epsilon, steps)
+        return gap, *_bound_terms(student, teacher, x, y, epsilon, "l1", steps, [delta])
 
     gap, *terms = in_batches(work, (x, y), BATCH_SIZE, models=[student, teacher], copies=STARTS)
     return gap, BoundTerms(*terms, epsilon=epsilon)

@@ -5,11 +5,13 @@ Whatever normalisation a net needs is one of its layers, so that ε always means
 between a net with and one without. To add a net, write its builder and enter it in ``MODELS``.
 
 The nets of the paper's own scale carry the layer names of the published checkpoints of their kind, with the last layer
-called ``head``, so that those files load (``checkpoints``). Their normalisation is part of the state dict, for
-published files bring their own.
+called ``head``, so that those files load (``checkpoints``). Their normalisation is part of the state dict, because
+published files contain it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ ImageShape = tuple[int, int, int]
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std a channel, as a layer: pixels stay in [0, 1] outside the net."""
+    """(x − mean) / std per channel, as a layer: pixels stay in [0, 1] outside the net."""
 
     is_affine = True
     mean: Tensor
@@ -40,8 +42,8 @@ class Normalize(nn.Module):
 class DigitsCNN(nn.Module):
     """Three convolutions with batch normalisation (the second halves the image), 2×2 pooling, a linear head.
 
-    The activation is GELU: a net whose gradient is to be trained needs one that is smooth. With ReLU the alignment of
-    a fresh student collapses at weights that GELU bears (its input gradient is piecewise constant).
+    The activation is GELU, because training an input gradient needs a smooth activation. The input gradient of a ReLU
+    net is piecewise constant, and the alignment of a fresh ReLU student collapses at weights λ_IGA that GELU tolerates.
     """
 
     def __init__(self, width: int, num_classes: int, image_shape: ImageShape, head_dropout: float):
@@ -306,48 +308,31 @@ class MnistCNN(nn.Module):
         return self.head(self.head_dropout(out))
 
 
-# The files of published weights that timm serves: the nets of Table 2 that the paper takes ready-made.
-TIMM = {
-    "resnet18": "resnet18.tv_in1k",
-    "resnet34": "resnet34.tv_in1k",
-    "resnet50": "resnet50.tv_in1k",
-    "resnet101": "resnet101.tv_in1k",
-    "vit_s16": "vit_small_patch16_224.augreg_in21k_ft_in1k",
-    "vit_b16": "vit_base_patch16_224.augreg_in21k_ft_in1k",
-    "vit_l16": "vit_large_patch16_224.augreg_in21k_ft_in1k",
-    "deit_s16": "deit_small_patch16_224.fb_in1k",
-}
-
-
 class ImageNetNet(nn.Module):
     """One of timm's nets without its last layer, between a normalisation and a head: ``encoder``, ``head``.
 
-    timm's own mean and deviation are used, which differ between its nets. A transformer takes its image size from
-    ``image_shape``.
+    The normalisation has timm's own mean and deviation, which differ between its nets. ``name`` is timm's; ``sized``
+    says that timm builds the net for one image size, as it does a transformer.
     """
 
-    def __init__(self, name: str, num_classes: int, image_shape: ImageShape, head_dropout: float):
+    def __init__(self, name: str, sized: bool, num_classes: int, image_shape: ImageShape, head_dropout: float):
         super().__init__()
         import timm
 
         channels = image_shape[0]
-        self.encoder = timm.create_model(TIMM[name], num_classes=0, in_chans=channels, **_size(name, image_shape))
+        size: dict[str, Any] = {"img_size": image_shape[1:]} if sized else {}
+        self.encoder = timm.create_model(name, num_classes=0, in_chans=channels, **size)
         _plain_attention(self.encoder)
-        config = timm.get_pretrained_cfg(TIMM[name])
+        config = timm.get_pretrained_cfg(name)
         mean, std = (config.mean, config.std) if config else (None, None)
         if mean is None or std is None:
-            raise ValueError(f"timm does not know how {TIMM[name]} is normalised")
+            raise ValueError(f"timm does not know how {name} is normalised")
         self.normalize = Normalize(list(mean[:channels]), list(std[:channels]), persistent=True)
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(int(self.encoder.num_features), num_classes)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.head_dropout(self.encoder(self.normalize(x))))
-
-
-def _size(name: str, image_shape: ImageShape) -> dict[str, Any]:
-    """What timm must know of the images: a transformer's position embedding is made for one size."""
-    return {} if name.startswith("resnet") else {"img_size": image_shape[1:]}
 
 
 def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -357,46 +342,65 @@ def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_weights(name: str, image_shape: ImageShape) -> dict[str, Tensor]:
-    """The weights that timm publishes for a net of ``TIMM``, its position embedding fitted to the images' size."""
+    """The weights that timm publishes for a net of ``MODELS``, with position embeddings for images of that shape."""
     import timm
 
-    model = timm.create_model(TIMM[name], pretrained=True, in_chans=image_shape[0], **_size(name, image_shape))
+    net = MODELS[name]
+    assert net.timm is not None
+    size: dict[str, Any] = {"img_size": image_shape[1:]} if net.sized else {}
+    model = timm.create_model(net.timm, pretrained=True, in_chans=image_shape[0], **size)
     return timm_names(model.state_dict())
 
 
 Builder = Callable[[int, ImageShape, float], nn.Module]
 
 
-def _digits_cnn(width: int) -> Builder:
-    return lambda num_classes, image_shape, head_dropout: DigitsCNN(width, num_classes, image_shape, head_dropout)
+@dataclass(frozen=True)
+class Net:
+    """One entry of ``MODELS``.
+
+    Attributes:
+        build: (num_classes, image_shape, head_dropout) -> the net with fresh weights.
+        digits: whether the net is made for the 8×8 digits; the others are made for larger images.
+        timm: timm's name for the net and its published weights, for the nets that Table 2 takes ready-made.
+        sized: whether timm builds the net for one image size, as it does a transformer.
+    """
+
+    build: Builder
+    digits: bool = False
+    timm: str | None = None
+    sized: bool = False
 
 
-def _digits_mlp(width: int) -> Builder:
-    return lambda num_classes, image_shape, head_dropout: DigitsMLP(width, num_classes, image_shape, head_dropout)
+def _digits(build: Callable[..., nn.Module], *width: int) -> Net:
+    return Net(partial(build, *width), digits=True)
 
 
-def _wide(depth: int) -> Builder:
-    return lambda num_classes, image_shape, head_dropout: WideResNet(depth, 10, num_classes, image_shape, head_dropout)
+def _timm(name: str, *, sized: bool) -> Net:
+    return Net(partial(ImageNetNet, name, sized), timm=name, sized=sized)
 
 
-def _timm(name: str) -> Builder:
-    return lambda num_classes, image_shape, head_dropout: ImageNetNet(name, num_classes, image_shape, head_dropout)
-
-
-MODELS: dict[str, Builder] = {
-    "digits_small": _digits_cnn(8),
-    "digits_medium": _digits_cnn(10),
-    "digits_large": _digits_cnn(14),
-    "digits_wide": _digits_cnn(16),
-    "digits_vit": DigitsViT,
-    "digits_mlp": _digits_mlp(32),
-    "digits_mlp_wide": _digits_mlp(64),
-    "mobilenet_v2": MobileNetV2,
-    "wrn_28_10": _wide(28),
-    "wrn_34_10": _wide(34),
-    "preact_resnet18": PreActResNet18,
-    "trades_mnist": MnistCNN,
-    **{name: _timm(name) for name in TIMM},
+MODELS: dict[str, Net] = {
+    "digits_small": _digits(DigitsCNN, 8),
+    "digits_medium": _digits(DigitsCNN, 10),
+    "digits_large": _digits(DigitsCNN, 14),
+    "digits_wide": _digits(DigitsCNN, 16),
+    "digits_vit": _digits(DigitsViT),
+    "digits_mlp": _digits(DigitsMLP, 32),
+    "digits_mlp_wide": _digits(DigitsMLP, 64),
+    "mobilenet_v2": Net(MobileNetV2),
+    "wrn_28_10": Net(partial(WideResNet, 28, 10)),
+    "wrn_34_10": Net(partial(WideResNet, 34, 10)),
+    "preact_resnet18": Net(PreActResNet18),
+    "trades_mnist": Net(MnistCNN),
+    "resnet18": _timm("resnet18.tv_in1k", sized=False),
+    "resnet34": _timm("resnet34.tv_in1k", sized=False),
+    "resnet50": _timm("resnet50.tv_in1k", sized=False),
+    "resnet101": _timm("resnet101.tv_in1k", sized=False),
+    "vit_s16": _timm("vit_small_patch16_224.augreg_in21k_ft_in1k", sized=True),
+    "vit_b16": _timm("vit_base_patch16_224.augreg_in21k_ft_in1k", sized=True),
+    "vit_l16": _timm("vit_large_patch16_224.augreg_in21k_ft_in1k", sized=True),
+    "deit_s16": _timm("deit_small_patch16_224.fb_in1k", sized=True),
 }
 
 
@@ -418,9 +422,9 @@ def build_model(
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
     if not 0 <= head_dropout < 1:
         raise ValueError(f"head_dropout must be in [0, 1), got {head_dropout}")
-    if pretrained and name not in TIMM:
+    if pretrained and MODELS[name].timm is None:
         raise ValueError(f"{name} has no published weights; pass them as init=Checkpoint(path)")
-    model = use_operators(MODELS[name](num_classes, image_shape, head_dropout))
+    model = use_operators(MODELS[name].build(num_classes, image_shape, head_dropout))
     if pretrained:
         weights = published_weights(name, image_shape)
         if len(weights["head.bias"]) != num_classes:

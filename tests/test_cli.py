@@ -23,8 +23,8 @@ from kdiga_nb.cli import app
 from kdiga_nb.notebooks import ARTEFACTS
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
+from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import ancestors, run_key
-from kdiga_nb.runs.store import list_store
 
 SMOKE = paths.PARAMS / "smoke.yaml"
 

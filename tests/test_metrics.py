@@ -452,15 +452,18 @@ def test_test_accuracy_is_that_of_the_first_test_images(
 ) -> None:
     result = TestAccuracy(attack, images)(nets[0], data)
     x, y = data.test.images[:images], data.test.labels[:images]
-    assert set(result) == {"percent", "low", "high", "n"}
-    assert result == vars(accuracy(nets[0], x, y, attack=attack))
+    assert set(result) == {"percent", "low", "high", "n", "survivors"}
+    mask = result["survivors"]
+    assert len(mask) == len(y) and 100 * mask.count("1") / len(y) == result["percent"]
+    assert result == vars(accuracy(nets[0], x, y, attack=attack)) | {"survivors": mask}
     assert json.loads(json.dumps(result)) == result
 
 
 def test_test_accuracy_under_autoattack_names_members_and_flags(nets: Nets, data: Data, tmp_path: Path) -> None:
     state = tmp_path / "state.json"
     result = TestAccuracy(AutoAttack(0.5), images=12)(nets[0], data, state=state)
-    assert set(result) == {"percent", "low", "high", "n", "members", "flags"}
+    assert set(result) == {"percent", "low", "high", "n", "survivors", "members", "flags"}
+    assert 100 * result["survivors"].count("1") / 12 == result["percent"]
     assert list(result["members"]) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     assert result["percent"] == result["members"]["square"] and result["n"] == 12
     assert result["members"]["clean"] == pytest.approx(accuracy(nets[0], *(part[:12] for part in data.test)).percent)

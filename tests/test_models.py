@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdiga_nb.losses import input_gradient
-from kdiga_nb.models import MODELS, TIMM, Normalize, build_model, head_parameters, timm_names
+from kdiga_nb.models import MODELS, Normalize, build_model, head_parameters, timm_names
 
 CLASSES = 7
 
@@ -17,10 +17,11 @@ CLASSES = 7
 # The larger nets of the same classes are checked by their names and sizes alone.
 LARGE = ("wrn_34_10", "wrn_28_10", "resnet34", "resnet50", "resnet101", "vit_b16", "vit_l16", "deit_s16")
 SMALL = [name for name in MODELS if name not in LARGE]
+TIMM = {name: net.timm for name, net in MODELS.items() if net.timm}
 
 
 def shape_of(name: str) -> tuple[int, int, int]:
-    return (1, 8, 8) if name.startswith("digits") else (1, 28, 28) if name == "trades_mnist" else (3, 32, 32)
+    return (1, 8, 8) if MODELS[name].digits else (1, 28, 28) if name == "trades_mnist" else (3, 32, 32)
 
 
 def net(name: str, head_dropout: float = 0.0, seed: int = 0) -> nn.Module:
@@ -130,7 +131,7 @@ def test_the_input_gradient_can_be_differentiated_by_the_weights(name: str) -> N
     seconds = torch.autograd.grad(projected(0.0, create_graph=True), list(weights.values()), allow_unused=True)
     assert all(second is None or second.isfinite().all() for second in seconds)
     along = sum((d * s).sum().item() for d, s in zip(direction.values(), seconds, strict=True) if s is not None)
-    h = 1e-6 if name.startswith("digits") or name == "vit_s16" else 1e-9  # a step short of the kinks of ReLU
+    h = 1e-6 if MODELS[name].digits or name == "vit_s16" else 1e-9  # a step short of the kinks of ReLU
     difference = (projected(h) - projected(-h)).item() / (2 * h)
     assert abs(difference) > 1e-6
     assert along == pytest.approx(difference, rel=1e-4)
@@ -201,7 +202,7 @@ def test_the_papers_nets_have_their_published_size(name: str, parameters: int) -
 
 
 def test_no_net_of_the_papers_goes_uncounted() -> None:
-    assert set(PARAMETERS) == {name for name in MODELS if not name.startswith("digits")}
+    assert set(PARAMETERS) == {name for name, entry in MODELS.items() if not entry.digits}
 
 
 @pytest.mark.parametrize("name", ["vit_s16", "vit_b16", "vit_l16", "deit_s16", "digits_vit"])

@@ -1,9 +1,9 @@
 """What a job will cost: GPU time from a measured step where the store has one, else estimated; disk.
 
-An estimate counts a net's forward pass on tensors without data: its floating-point operations, the numbers its layers
-put out, the layers themselves. Each is multiplied by how many such passes a step takes and divided by what an H100 is
-assumed to sustain; the longest of the three times decides (wide nets compute, MobileNetV2 moves data, small batches
-launch kernels). Nothing here has been measured on a GPU: every estimate is marked as one.
+An estimate counts a net's forward pass on tensors without data: floating-point operations, activations, layers. Each
+count is multiplied by the passes per step and divided by what an H100 is assumed to sustain. The longest of the three
+times is the estimate: compute limits wide nets, memory traffic MobileNetV2, kernel launches small batches. None of this
+has been measured on a GPU, and every estimate is marked as one.
 """
 
 import json
@@ -16,43 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import PGD
-from kdiga_nb.data import SHAPES
+from kdiga_nb.attacks.losses import LossPGD
+from kdiga_nb.data import DATASETS
 from kdiga_nb.measures import Bounds, TestAccuracy
-from kdiga_nb.methods import ARD, AT, IGAM, KD, KDIGA, KDIGA_ARD_A, KDIGA_ARD_C, ST, TRADES, Method
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, Source, folder
 from kdiga_nb.runs.store import environment, is_finished
 
-SUSTAINED = 20e12  # floating-point operations a second: an assumption for an H100 in TF32
-BANDWIDTH = 2e12  # bytes a second to and from its memory, another
-LAUNCH = 1e-5  # seconds a layer takes at the least, another
+SUSTAINED = 20e12  # floating-point operations per second: an assumption for an H100 in TF32
+BANDWIDTH = 2e12  # bytes per second to and from its memory: also an assumption
+LAUNCH = 1e-5  # minimum seconds per layer: also an assumption
 ASSUMPTION = (
-    f"at {SUSTAINED / 1e12:g} TFLOP/s, {BANDWIDTH / 1e12:g} TB/s and {1e6 * LAUNCH:g} µs a layer: assumed, not measured"
+    f"at {SUSTAINED / 1e12:g} TFLOP/s, {BANDWIDTH / 1e12:g} TB/s and {1e6 * LAUNCH:g} µs per layer: "
+    "assumed, not measured"
 )
-# Fitting and test examples, and classes, of the data sets that need not be there to be planned for.
-SIZES = {
-    **dict.fromkeys(("digits", "digits_rotated", "digits_inverted"), (1200, 500, 10)),
-    "cifar10": (49_000, 10_000, 10),
-    "mnist": (59_000, 10_000, 10),
-    **dict.fromkeys(("imagenette", "imagenette_32"), (8_969, 3_925, 10)),
-    "imagenet": (1_271_167, 50_000, 1000),
-}
-# Forward passes' worth of work a step: of the student, of the teacher. A backward pass counts two, the gradient for the
-# pixels alone one; differentiating the input gradient again doubles the forward pass and that gradient each.
-PASSES: dict[type[Method], tuple[int, int]] = {
-    ST: (3, 0),
-    KD: (3, 1),
-    KDIGA: (6, 2),
-    ARD: (6, 1),
-    KDIGA_ARD_C: (9, 2),
-    KDIGA_ARD_A: (9, 2),
-    IGAM: (6, 2),
-    AT: (3, 0),
-    TRADES: (7, 0),
-}
-# AutoAttack on an image that resists: targets × steps, forward and backward, and Square's queries; half of them do.
+# AutoAttack on an image that resists: targets × steps, forward and backward, and Square's queries. Half of all images
+# are assumed to resist.
 AUTOATTACK_PASSES = (2 * (100 + 9 * 100 + 9 * 100) + 5000) // 2
 
 
@@ -66,7 +47,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class NetCost:
-    """A net's forward pass of one image: operations, numbers put out by layers, layers; and its parameters."""
+    """Forward cost per image: FLOPs, activations, layer count; plus the parameter count."""
 
     flops: float
     outputs: int
@@ -77,14 +58,14 @@ class NetCost:
 @cache
 def net_of(model: str, dataset: str) -> NetCost:
     """Counted on the meta device."""
-    shape = SHAPES[dataset]
+    data = DATASETS[dataset]
     outputs: list[int] = []
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        built = build_model(model, num_classes=SIZES[dataset][2], image_shape=shape).eval()
+        built = build_model(model, num_classes=data.classes, image_shape=data.image_shape).eval()
         for module in built.modules():
             if not list(module.children()):
                 module.register_forward_hook(lambda _, inputs, output: outputs.append(output.numel()))
-        built(torch.empty(1, *shape))
+        built(torch.empty(1, *data.image_shape))
     return NetCost(counter.get_total_flops(), sum(outputs), len(outputs), sum(p.numel() for p in built.parameters()))
 
 
@@ -99,28 +80,28 @@ def _seconds(net: NetCost, passes: float, images: int) -> float:
 
 
 def costs(jobs: Sequence[Job]) -> dict[Job, Cost]:
-    """What each job takes; steps are taken as measured from the finished runs among the jobs."""
+    """The cost of each job. The finished runs among the jobs give measured seconds per step."""
     measured = _measured_steps([job.run for job in jobs if isinstance(job.run, Run)])
-    found = {}
+    estimates = {}
     for job in jobs:
         if job.measure is None and isinstance(job.run, Run):
             step = measured.get(_kind(job.run))
             seconds = _step(job.run) if step is None else step
-            found[job] = Cost(seconds * _steps(job.run), step is not None)
+            estimates[job] = Cost(seconds * _steps(job.run), step is not None)
         else:
-            found[job] = Cost(_measuring(job), False)
-    return found
+            estimates[job] = Cost(_measuring(job), False)
+    return estimates
 
 
 def disk_bytes(jobs: Sequence[Job]) -> tuple[int, int]:
-    """What the trainings leave in the store, and the largest checkpoint of one under way: weights, momentum, best."""
+    """Bytes of the trained weights, and of the largest checkpoint during training: weights, momentum, best weights."""
     sizes = [4 * _net(job.run).parameters for job in jobs if job.measure is None]
     return sum(sizes), 3 * max(sizes, default=0)
 
 
 def _step(run: Run) -> float:
     method, batch = run.method, run.schedule.batch_size
-    student, teacher = PASSES[type(method)]
+    student, teacher = method.passes
     if run.schedule.trainable == "head":
         student = 1
     attack = getattr(method, "attack", None)
@@ -131,17 +112,18 @@ def _step(run: Run) -> float:
 
 
 def _steps(run: Run) -> int:
-    examples = min(SIZES[run.dataset][0], run.schedule.images or SIZES[run.dataset][0])
+    fitting = DATASETS[run.dataset].fitting
+    examples = min(fitting, run.schedule.images or fitting)
     return run.schedule.epochs * -(-examples // run.schedule.batch_size)
 
 
 def _measuring(job: Job) -> float:
     measure, net = job.measure, _net(job.run)
-    images = SIZES[job.run.dataset][1]
+    images = DATASETS[job.run.dataset].test
     passes = 1
     if isinstance(measure, TestAccuracy | Bounds):
         images = min(images, measure.images or images)
-    if isinstance(measure, TestAccuracy) and isinstance(measure.attack, PGD):
+    if isinstance(measure, TestAccuracy) and isinstance(measure.attack, PGD | LossPGD):
         passes = 2 * measure.attack.steps * measure.attack.restarts + 1
     elif isinstance(measure, TestAccuracy) and isinstance(measure.attack, AutoAttack):
         passes = AUTOATTACK_PASSES
@@ -153,7 +135,7 @@ def _measuring(job: Job) -> float:
 
 
 def _kind(run: Run) -> tuple[object, ...]:
-    """What decides how long a step takes."""
+    """Everything that the duration of a step depends on."""
     teacher = run.teacher.model if run.teacher is not None else None
     attack_steps = getattr(getattr(run.method, "attack", None), "steps", 0)
     schedule = run.schedule
@@ -162,11 +144,11 @@ def _kind(run: Run) -> tuple[object, ...]:
 
 
 def _measured_steps(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
-    """Seconds a step, validation included, by kind of run, from those that finished on hardware like this."""
-    here, found = environment(resolve_device())["device"], {}
+    """Seconds per step, validation included, by kind of run, from finished runs on the same hardware."""
+    here, seconds = environment(resolve_device())["device"], {}
     for run in runs:
         if is_finished(run):
             record = json.loads((folder(run) / "run.json").read_text())
             if record["environment"]["device"] == here:
-                found[_kind(run)] = record["seconds"] / _steps(run)
-    return found
+                seconds[_kind(run)] = record["seconds"] / _steps(run)
+    return seconds

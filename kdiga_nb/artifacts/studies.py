@@ -30,7 +30,7 @@ from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import FGSM, PGD, evaluation_pgd
 from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.audit.certify import CertifiedRadius
-from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, Survivors, plan
+from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
 from kdiga_nb.audit.verdict import Found
 from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy
 from kdiga_nb.methods import ARD, AT, KD, KDIGA, KDIGA_ARD_A, ST, TRADES, Method
@@ -140,7 +140,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     chosen["self_kd"] = ("loop 1 by KD: dropout, no alignment", _self_distilled(params, kd))
     chosen["self_st"] = ("loop 1 by ST: dropout, no teacher", _self_distilled(params, ST()))
     size = evaluation_pgd(params.epsilon, params.pgd_steps).step_size
-    long = Survivors(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
+    long = TestAccuracy(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
     gradients = Gradients(params.epsilon, params.audit_images, steps=(0,), grid=3)
     rows = []

@@ -8,8 +8,8 @@ Two bounds of the margins over a box of images:
 * ``crown``: a linear bound of the output carried back to the pixels, each unstable ReLU between two lines (CROWN, Zhang
   et al. 2018, with its adaptive lower slope), never looser than ``interval``.
 
-Both are sound for the net in exact arithmetic; they are computed in double precision on nets that run in single
-precision, so the last digits are no proof. The cost is that of the weight matrices: nets of some hundred units.
+Both are sound for the net in exact arithmetic. They are computed in double precision, while the nets run in single
+precision, so the last digits are no proof. The weight matrices limit the method to nets of some hundred units.
 """
 
 import math
@@ -31,14 +31,14 @@ from kdiga_nb.numerics.scopes import frozen
 Layers = list[tuple[Tensor, Tensor]]
 LayerBounds = list[tuple[Tensor, Tensor]]
 BOUND_METHODS = ("interval", "crown")
-MOST_VALUES = 1024  # the first matrix has a column a pixel and channel
+MOST_VALUES = 1024  # the first matrix has one column per pixel and channel
 
 
 def affine_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> Layers:
     """The affine maps (M, K), (M,) between the ReLUs of a net in eval mode, in double precision.
 
-    Convolutions, pooling by means, batch normalisation and the like become matrices: a map is read off where it sends
-    the unit vectors.
+    Convolutions, average pooling, batch normalisation and the like become matrices, built from the images of the basis
+    vectors.
 
     Raises:
         ValueError: the net is not a sequence of affine layers and ReLUs, in the order its modules were registered, or
@@ -77,7 +77,7 @@ def _between_relus(model: nn.Module) -> Iterator[nn.Sequential]:
             yield nn.Sequential(*group)
             group = []
         else:
-            # Many nets flatten in passing, without a module for it; on flat input this changes nothing.
+            # Many nets flatten without a module; on flat input the extra Flatten changes nothing.
             group += [nn.Flatten(), leaf] if isinstance(leaf, nn.Linear) else [leaf]
     yield nn.Sequential(*group)
 
@@ -90,7 +90,7 @@ def forward(layers: Layers, x: Tensor) -> Tensor:
 
 
 def _interval(weight: Tensor, bias: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """LayerBounds of W x + b over a box; W is (M, K) or one a row of the batch, (B, M, K)."""
+    """Lower and upper bound of W x + b over a box; W is (M, K), or (B, M, K) with one matrix per image."""
     centre, radius = ((upper + lower) / 2).unsqueeze(2), ((upper - lower) / 2).unsqueeze(2)
     middle, reach = (weight @ centre).squeeze(2) + bias, (weight.abs() @ radius).squeeze(2)
     return middle - reach, middle + reach
@@ -105,7 +105,7 @@ def _linear_lower_bound(
             low >= 0, torch.ones_like(low), high.clamp(min=0) / (high.clamp(min=0) - low).clamp(min=1e-12)
         )
         offset = torch.where((low < 0) & (high > 0), -above * low, torch.zeros_like(low))
-        # The lower line of an unstable ReLU may have any slope in [0, 1]; the end of smaller area is taken.
+        # The lower line of an unstable ReLU may have any slope in [0, 1]; take 0 or 1, whichever has less area.
         below = torch.where(low >= 0, torch.ones_like(low), (high > -low).to(low))
         positive, negative = weight.clamp(min=0), weight.clamp(max=0)
         bias = bias + (negative * offset.unsqueeze(1)).sum(2)
@@ -116,7 +116,7 @@ def _linear_lower_bound(
 
 
 def preactivation_bounds(layers: Layers, lower: Tensor, upper: Tensor, method: str = "crown") -> LayerBounds:
-    """LayerBounds (B, M) of every layer's output before its ReLU, over the boxes [lower, upper], each (B, D).
+    """Bounds (B, M) of every layer's output before its ReLU, over the boxes [lower, upper], each (B, D).
 
     Raises:
         ValueError: an unknown method.
@@ -158,7 +158,7 @@ def certified_radius(
     halvings: int = 12,
     one_sided: bool = False,
 ) -> Tensor:
-    """The radius (B,) up to which the decision provably stays, found by bisection, in pixel units.
+    """The radius (B,), in pixel units, up to which the decision provably stays, by bisection.
 
     Args:
         x: flat images (B, D) in [0, 1]; the decision is the net's own at x, as in Definition 1.
@@ -191,7 +191,7 @@ def attacked_radius(model: nn.Module, x: Tensor, *, largest: float = 0.5, halvin
         middle = (low + high) / 2
         moved = torch.zeros(len(x), dtype=torch.bool)
         with frozen(model):
-            # Each image has a radius of its own, so the steps are taken in units of it.
+            # Each image has its own radius, so a step is a fraction of that radius.
             scale = middle.view(-1, 1, 1, 1)
             delta = (torch.rand(x.shape, generator=generator) * 2 - 1) * scale
             for _ in range(steps):

@@ -23,11 +23,11 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from kdiga_nb import paths
-from kdiga_nb.data import IMAGENETTE_CLASSES, load_data
-from kdiga_nb.models import TIMM, build_model, published_weights, timm_names
+from kdiga_nb.data import DATASETS, load_data
+from kdiga_nb.models import MODELS, build_model, published_weights, timm_names
 
-# What turns the names in a file into ours: (pattern, replacement), None drops the entry. Those formats that are not
-# here must fit as they are.
+# Per format: (pattern, replacement) for the names in a file; None drops the entry. Formats without rules must already
+# have this kit's names.
 RULES: dict[str, list[tuple[str, str | None]]] = {
     # github.com/yaodongyu/TRADES: a wide ResNet with a stage that its forward pass leaves out, and SmallCNN.
     "trades": [
@@ -60,7 +60,7 @@ FORMATS = ("state_dict", "safetensors", *RULES)
 # Where a file that was saved during training keeps the weights.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PUBLISHED = "published"
-ATTEMPTS = 3  # of a download that breaks off, each going on where the last one stopped
+ATTEMPTS = 3  # of a download that breaks off; each attempt resumes
 
 
 class StoreError(RuntimeError):
@@ -72,7 +72,7 @@ class Checkpoint:
     """Weights from outside the store, used as a teacher or as a starting point.
 
     Attributes:
-        path: a local file (one that is not found is also looked for in ``paths.checkpoints()``), a URL, or, for the
+        path: a local file (``paths.checkpoints()`` is searched too), a URL, or, for the
             format ``timm``, ``published``: what timm itself serves for the net.
         sha256: of the file; checked when given.
         format: ``state_dict`` (a torch file, loaded with ``weights_only``) or ``safetensors``, with this kit's layer
@@ -111,7 +111,7 @@ def parse(text: str, model: str) -> Checkpoint:
 
 
 def described(path: Path) -> Checkpoint:
-    """The checkpoint of a file that ``kdiga export`` wrote: net, data set and sha256 stand in the record beside it.
+    """The checkpoint of a file that ``kdiga export`` wrote: the record next to it has net, data set and sha256.
 
     Raises:
         StoreError: there is no record, or it cannot be used.
@@ -133,15 +133,15 @@ def digest_of(path: Path) -> str:
 
 
 def is_url(path: str) -> bool:
-    """Whether a checkpoint's path has to be fetched."""
+    """Whether a checkpoint's path has to be downloaded."""
     return urlparse(path).scheme in ("http", "https")
 
 
 def locate(checkpoint: Checkpoint) -> Path:
-    """The checkpoint's file, downloaded if need be, its sha256 checked.
+    """The checkpoint's file, downloaded if necessary, with its sha256 checked.
 
     Raises:
-        StoreError: there is no such file, it cannot be fetched, or it is another one.
+        StoreError: the file is missing, cannot be downloaded or has another sha256.
     """
     path = Path(checkpoint.path)
     if is_url(checkpoint.path):
@@ -159,7 +159,7 @@ def load(checkpoint: Checkpoint) -> nn.Module:
     """The checkpoint's net with its weights, on the CPU.
 
     Raises:
-        StoreError: the file cannot be had or read, or does not fit the net; the first mismatch is named.
+        StoreError: the file is missing, unreadable or does not fit the net; the message names the first mismatch.
     """
     name, dataset = (checkpoint.model or "").partition(":")[0], checkpoint.dataset
     if not dataset:
@@ -176,10 +176,10 @@ def load(checkpoint: Checkpoint) -> nn.Module:
         state = _read(checkpoint)
     if checkpoint.format in RULES:
         state = _renamed(state, checkpoint.format, name)
-        if dataset.startswith("imagenette") and len(state.get("head.bias", ())) == 1000:
-            rows = torch.tensor(IMAGENETTE_CLASSES)
+        if (classes := DATASETS[dataset].imagenet_classes) and len(state.get("head.bias", ())) == 1000:
+            rows = torch.tensor(classes)
             state |= {key: state[key][rows] for key in ("head.weight", "head.bias")}
-        # Old files count no batches, and most have no normaliser.
+        # Old files lack BatchNorm's batch counter, and most have no normaliser.
         optional = {k for k in wanted if k.startswith("normalize.") or k.endswith("num_batches_tracked")}
         state = {k: v for k, v in wanted.items() if k in optional} | state
     for key in [*wanted, *state]:
@@ -195,7 +195,7 @@ def load(checkpoint: Checkpoint) -> nn.Module:
 
 @contextmanager
 def _in_one_line(checkpoint: Checkpoint) -> Iterator[None]:
-    """A foreign file, or a hub, can fail in any way; none of them is worth a traceback."""
+    """Any failure of a foreign file or a hub becomes a one-line StoreError."""
     try:
         yield
     except Exception as error:
@@ -218,22 +218,22 @@ def _read(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _renamed(state: dict[str, Tensor], kind: str, net: str) -> dict[str, Tensor]:
     """The entries under our names, the normaliser in our shape."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         new: str | None = name
         for pattern, replacement in RULES[kind]:
             if new is not None and re.match(pattern, new):
                 new = None if replacement is None else re.sub(pattern, replacement, new)
         if new is not None:
-            found[new] = value.view(1, -1, 1, 1) if new in ("normalize.mean", "normalize.std") else value
-    if net in TIMM and not any(name.startswith("encoder.") for name in found):
-        normaliser = {k: v for k, v in found.items() if k.startswith("normalize.")}
-        return timm_names({k: v for k, v in found.items() if k not in normaliser}) | normaliser
-    return found
+            renamed[new] = value.view(1, -1, 1, 1) if new in ("normalize.mean", "normalize.std") else value
+    if MODELS[net].timm and not any(name.startswith("encoder.") for name in renamed):
+        normaliser = {k: v for k, v in renamed.items() if k.startswith("normalize.")}
+        return timm_names({k: v for k, v in renamed.items() if k not in normaliser}) | normaliser
+    return renamed
 
 
 def _fetched(checkpoint: Checkpoint) -> Path:
-    """A URL's file in ``paths.checkpoints()``, fetched once; a download that broke off goes on where it stopped."""
+    """A URL's file in ``paths.checkpoints()``, downloaded once; an interrupted download resumes."""
     url = checkpoint.path
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name or 'weights'}"
     path = paths.checkpoints() / name
@@ -260,7 +260,7 @@ def _download(url: str, partial: Path) -> None:
         try:
             total = _append(url, partial, there)
         except (OSError, http.client.HTTPException) as error:
-            # What is asked for lies behind the file's end: it is there whole.
+            # HTTP 416: nothing left to download.
             if isinstance(error, urllib.error.HTTPError) and error.code == 416 and there:
                 return
             reason = f"{type(error).__name__}: {error}"
@@ -270,16 +270,16 @@ def _download(url: str, partial: Path) -> None:
             reason = "the connection ended early"
         if attempt == ATTEMPTS:
             have = partial.stat().st_size if partial.exists() else 0
-            raise StoreError(f"checkpoint {url}: {reason}; {have} bytes are kept, the next try goes on from there")
+            raise StoreError(f"checkpoint {url}: {reason}; {have} bytes are kept, the next attempt resumes there")
 
 
 def _append(url: str, partial: Path, there: int) -> int | None:
-    """One request for what lies behind the first ``there`` bytes; the whole content's length, if the server says."""
+    """Fetch everything after the first ``there`` bytes; the length of the whole file, if the server sends it."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
     with urllib.request.urlopen(request, timeout=60) as response:
-        goes_on = response.status == 206
+        resumed = response.status == 206
         length = response.headers.get("Content-Length")
-        with partial.open("ab" if goes_on else "wb") as file:
+        with partial.open("ab" if resumed else "wb") as file:
             while block := response.read(1 << 20):
                 file.write(block)
-    return None if length is None else int(length) + (there if goes_on else 0)
+    return None if length is None else int(length) + (there if resumed else 0)

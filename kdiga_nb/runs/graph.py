@@ -17,8 +17,9 @@ from kdiga_nb.measures import Measure
 from kdiga_nb.numerics import distributed
 from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError
+from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import _NAMES, Run, Source, ancestors, run_key
-from kdiga_nb.runs.store import check_writable, epochs_done, is_finished, load_or_train, log, measure, measured
+from kdiga_nb.runs.store import check_writable, is_finished, load_or_train, log, measure, measured
 from kdiga_nb.training import Callback, TrainingState
 
 
@@ -37,7 +38,7 @@ class Job:
         return measured(self.run, self.measure, reference=self.reference) is not None
 
     def needs(self) -> list[Run]:
-        """The runs that must be finished before."""
+        """The runs that must be finished first."""
         if self.measure is None:
             parents = (self.run.teacher, self.run.init) if isinstance(self.run, Run) else ()
             return [source for source in parents if isinstance(source, Run)]
@@ -46,7 +47,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What became of a list of jobs: how many were made and found, and the reason of each that failed."""
+    """The result of a list of jobs: how many were done now, how many were cached, and why jobs failed."""
 
     made: int = 0
     cached: int = 0
@@ -54,7 +55,7 @@ class Outcome:
 
     @property
     def causes(self) -> list[str]:
-        """Why jobs failed, each reason once; not what failed because of them."""
+        """Why jobs failed, each reason once, without the jobs that failed because of another job."""
         return sorted({reason for reason in self.failed.values() if not reason.startswith("needs ")})
 
 
@@ -77,14 +78,14 @@ def run_all(
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Do the jobs and everything they stand on, independent ones at the same time.
+    """Do the jobs and everything that they depend on, independent jobs at the same time.
 
-    A job that fails takes those that stand on it with it, and no others.
+    If a job fails, the jobs that depend on it fail too, and no others.
 
     Args:
-        workers: local processes (default: one a core); 1 works in this process.
+        workers: local processes (default: one per core); 1 works in this process.
         executor: where to send jobs instead (any ``concurrent.futures`` executor whose workers see the same store).
-        progress: called every second or so with (jobs done, jobs to do, what is being done).
+        progress: called every second or so with (jobs done, jobs to do, current work).
     """
     graph = graph_of(jobs)
     todo = distributed.broadcast_from_rank0(lambda: [job for job in graph if not job.is_done()])
@@ -99,7 +100,7 @@ def run_all(
     elif workers == 1 or len(todo) == 1 or distributed.world_size() > 1:
         _in_turn(todo, device, outcome, progress)
     else:
-        # spawn: a forked child would inherit torch's threads in whatever state they are.
+        # spawn: a forked child would inherit torch's threads in an unknown state.
         context = get_context("spawn")
         processes = min(workers, len(todo))
         threads = max(1, (os.cpu_count() or 1) // processes)
@@ -113,14 +114,14 @@ def run_all(
 
 
 def graph_of(jobs: Iterable[Job]) -> list[Job]:
-    """The jobs and everything they stand on: trainings in an order they can be done in, then measurements."""
+    """The jobs and everything that they depend on: trainings, each after those it needs, then measurements."""
     wanted = list(jobs)
     graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
     return graph + [job for job in dict.fromkeys(wanted) if job.measure is not None]
 
 
 def default_workers(device: str | None = None) -> int:
-    """Local processes that make sense: one a GPU, or one a core."""
+    """A sensible number of local processes: one per GPU, or one per core."""
     return max(1, torch.cuda.device_count()) if resolve_device(device).type == "cuda" else os.cpu_count() or 1
 
 
@@ -141,7 +142,7 @@ def _begin_worker(number: Any, threads: int) -> None:
 
 
 def end_with_parent() -> None:
-    """In a worker: stop as soon as the parent is gone, however it went; an orphan would train on unseen."""
+    """In a worker: stop as soon as the parent process is gone, so that no orphan continues to train."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -174,9 +175,9 @@ def _in_turn(todo: list[Job], device: str | None, outcome: Outcome, progress: Pr
         if error is None:
             try:
                 do(job, device, [_report_epochs(job, outcome, progress, len(todo))])
-            except Exception as raised:  # reported by name at the end; the other jobs go on
+            except Exception as raised:  # reported by name at the end; the other jobs continue
                 if distributed.world_size() > 1:
-                    raise  # alone, this process would wait for the others for ever
+                    raise  # alone, this process would leave the others waiting for ever
                 error = raised
         _note(job, error, outcome, progress, len(todo))
 
@@ -224,7 +225,7 @@ def _report_epochs(job: Job, outcome: Outcome, progress: Progress | None, total:
 
 
 def _underway(job: Job) -> str | None:
-    """What a job in another process is at, read from the store; None if it has not begun to write."""
+    """The progress of a job in another process, read from the store; None before its first checkpoint."""
     if job.measure is not None or isinstance(job.run, Checkpoint):
         return None
     epoch = epochs_done(job.run)

@@ -15,7 +15,7 @@ from kdiga_nb.methods import METHODS, Method
 from kdiga_nb.runs.checkpoints import Checkpoint
 from kdiga_nb.training import Schedule
 
-# Raised whenever a change of the code changes what a run gives; it enters every key, so old results are not mixed in.
+# Part of every key. Raise it when a change of the code changes a run's result, so that old results are not reused.
 RESULTS_VERSION = 2
 
 
@@ -39,7 +39,7 @@ class Run:
     init: "Run | Checkpoint | None" = None
 
     def __hash__(self) -> int:
-        """Of all fields, taken once: a run hashes its ancestors, and a chain of loops is asked for at every turn."""
+        """Cached: hashing a run hashes its whole ancestry."""
         if "hash" not in self.__dict__:
             self.__dict__["hash"] = hash(tuple(getattr(self, item.name) for item in fields(self)))
         return self.__dict__["hash"]
@@ -54,13 +54,15 @@ _NAMES: dict[type, str] = {cls: name for name, cls in [*METHODS.items(), *ATTACK
 
 
 def describe(value: Any) -> Any:
-    """A run, method, attack, schedule or measure as plain JSON; ancestors stand by their key."""
+    """A run, method, attack, schedule or measure as plain JSON; ancestors appear as their keys."""
     if is_dataclass(value) and not isinstance(value, type):
         name = _NAMES.get(type(value), type(value).__name__)
-        # By its declared type: a weight of 3 and one of 3.0 are the same run.
         values = {item: getattr(value, item.name) for item in fields(value) if item.init}
-        # A switch that came after results were published: at its default it changes nothing, so it is not named.
+        # "unnamed" fields change no result. "unnamed_at_default" fields came after results were published: leaving them
+        # out at their default keeps the old keys valid.
+        values = {k: v for k, v in values.items() if "unnamed" not in k.metadata}
         values = {k: v for k, v in values.items() if not ("unnamed_at_default" in k.metadata and v == k.default)}
+        # The declared type decides: a weight of 3 and one of 3.0 are the same run.
         body = {item.name: float(v) if item.type in (float, "float") else _nested(v) for item, v in values.items()}
         return {"type": name} | body
     return _nested(value)
@@ -78,8 +80,8 @@ def _nested(value: Any) -> Any:
 def run_key(run: Source) -> str:
     """A hash of everything that changes the run's result, 16 hexadecimal digits.
 
-    A checkpoint enters by its content where the sha256 is given, else by its path; one that is a run's own file in the
-    store has the run's key, so that both share what was measured.
+    The key of a checkpoint hashes its sha256 where one is given, else its path. A checkpoint that is a run's own file
+    in the store has the run's key, so that both share their measurements.
     """
     if isinstance(run, Checkpoint):
         home = Path(run.path).parent
@@ -92,12 +94,12 @@ def run_key(run: Source) -> str:
 
 
 def folder(run: Source) -> Path:
-    """The run's folder in the store; it need not exist. A checkpoint has one for what was measured on it."""
+    """The run's folder in the store, which need not exist. A checkpoint's folder holds its measurements."""
     return paths.runs() / run_key(run)
 
 
 def ancestors(runs: Iterable[Source]) -> list[Run]:
-    """The runs with everything they stand on, each once, teachers and starting points before those that use them."""
+    """The runs and all their teachers and starting points, each once, every run after the runs that it depends on."""
     ordered: dict[Run, None] = {}
 
     def visit(source: Source | None) -> None:

@@ -1,18 +1,16 @@
-"""A run is a value, and training is a cached function of it.
+"""The run store: results of trainings and measurements, cached under the run's key.
 
-A ``Run`` says data set, net, method, schedule, seed, and which run (or published checkpoint) is its teacher and its
-starting point. ``run_key`` hashes exactly that: ancestors enter by their own key; a label, a path or a device does not
-enter. ``load_or_train`` answers from the store or trains:
+``load_or_train`` loads a run from the store or trains it; ``measure`` does the same for measurements:
 
     runs/<key>/run.json                the record: the run, sha256 of the weights, versions, seconds
     runs/<key>/model.safetensors       the weights
-    runs/<key>/history.csv             one row an epoch
-    runs/<key>/measures.json           what was measured on it, by readable name
-    runs/<key>/checkpoint.safetensors  an unfinished training after its last epoch, or ten minutes ago inside one
+    runs/<key>/history.csv             one row per epoch
+    runs/<key>/measures.json           results of measurements, by readable name
+    runs/<key>/checkpoint.safetensors  the state of an unfinished training, at most ten minutes old
 
-Every file is written under a temporary name and renamed, so a kill at any moment leaves whole files; ``run.json`` comes
-last and marks the run as finished. A file lock on the key makes the second process that wants a run wait for the first.
-Weights whose hash does not fit are set aside under ``<key>.damaged-…`` and trained again. Nothing is ever unpickled.
+Every file is written under a temporary name and renamed, so a kill at any moment leaves whole files. ``run.json`` is
+written last and marks the run as finished. A file lock per key makes a second process wait while the first one trains.
+Weights with a wrong hash are moved to ``<key>.damaged-…`` and trained again. Nothing is ever unpickled.
 """
 
 import csv
@@ -22,7 +20,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -38,6 +36,7 @@ from kdiga_nb.data import load_data
 from kdiga_nb.measures import Measure
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
+from kdiga_nb.numerics.files import content_hash, replace_file
 from kdiga_nb.numerics.scopes import computing, placed, resolve_device
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of
@@ -45,18 +44,18 @@ from kdiga_nb.runs.run import Run, Source, describe, folder, measure_name, run_k
 from kdiga_nb.training import Callback, History, TrainingState, train
 
 log = logging.getLogger("kdiga")
-SAVE_SECONDS = 600.0  # how much of a long epoch a kill may cost
+SAVE_SECONDS = 600.0  # seconds between checkpoints: what a kill may cost
 
 
 def is_finished(run: Source) -> bool:
-    """Whether the store holds the run's result (its hash is checked when it is loaded). A checkpoint is always one."""
+    """Whether the store holds the run's result (``load_or_train`` checks its hash). A checkpoint is always finished."""
     return isinstance(run, Checkpoint) or (folder(run) / "run.json").exists()
 
 
 def load_or_train(
     run: Source, *, device: str | torch.device | None = None, callbacks: Sequence[Callback] = ()
 ) -> nn.Module:
-    """The run's net, from the store or freshly trained: eval mode, head dropout off.
+    """The run's net, loaded from the store or trained now, in eval mode and without head dropout.
 
     Args:
         run: a ``Run``, or a ``Checkpoint`` whose file is loaded.
@@ -75,7 +74,7 @@ def load_or_train(
 
 
 def load(run: Run, *, device: str | torch.device | None = None) -> nn.Module:
-    """The finished run's net, like ``load_or_train``, but nothing is ever trained or set aside.
+    """The finished run's net, like ``load_or_train``, but it never trains and never sets anything aside.
 
     Raises:
         StoreError: the store does not have the run, or its files are damaged.
@@ -97,85 +96,22 @@ def training_seconds(run: Source) -> float | None:
 
 
 def history(run: Run) -> list[dict[str, float]]:
-    """The finished run's training curve, one row an epoch."""
-    return _read_history(folder(run))
+    """The finished run's training curve, one row per epoch."""
+    return read_history(folder(run))
 
 
-def _read_history(home: Path) -> list[dict[str, float]]:
+def read_history(home: Path) -> list[dict[str, float]]:
+    """``history`` of the run whose folder this is."""
     with (home / "history.csv").open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def stored(key: str) -> Checkpoint:
-    """A finished run of the store by its key (or the beginning of it), as a checkpoint.
-
-    Raises:
-        StoreError: no finished run, or more than one, has that key.
-    """
-    homes = [home for home in sorted(paths.runs().glob(f"{key}*/")) if (home / "run.json").exists()]
-    if len(homes) != 1:
-        raise StoreError(f"{key}: {'no finished run' if not homes else f'{len(homes)} runs'} of the store has that key")
-    try:
-        record = json.loads((homes[0] / "run.json").read_text())
-        name = f"{record['run']['model']}:{record['run']['dataset']}"
-        return Checkpoint(str(homes[0] / "model.safetensors"), record["sha256"], "safetensors", name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{key}: run.json is damaged ({error})") from None
-
-
-def export(key: str, path: Path, checks: Mapping[str, Measure]) -> dict[str, Any]:
-    """Write a finished run's weights in half precision to ``path``, and its record beside them (``.json``).
-
-    The record has the net, the file's sha256, the runs it stands on, its training curve, everything that was measured,
-    and each of ``checks`` on the weights as trained and as written: what the rounding costs.
-
-    Raises:
-        StoreError: no such run, or the files cannot be written.
-    """
-    if path.suffix != ".safetensors":
-        raise StoreError(f"{path}: must end in .safetensors")
-    trained = stored(key)
-    home = Path(trained.path).parent
-    weights = safetensors.torch.load_file(trained.path)
-    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    _replace(path, lambda partial: safetensors.torch.save_file(half, partial))
-    written = Checkpoint(str(path), digest_of(path), "safetensors", trained.model)
-    accuracy = {
-        name: {words: measure(net, check) for words, net in (("as trained", trained), ("as written", written))}
-        for name, check in checks.items()
-    }
-    record = {
-        "model": trained.model,
-        "sha256": written.sha256,
-        "precision": "float16",
-        "accuracy": accuracy,
-        "runs": _records(home.name),
-        "history": _read_history(home),
-        "measures": _measures(trained),
-    }
-    _write_json(path.with_suffix(".json"), record)
-    return record
-
-
-def _records(key: str) -> dict[str, Any]:
-    """The records of a run and of all it stands on, as far as the store has them."""
-    found: dict[str, Any] = {}
-    todo = [key]
-    while todo:
-        name = todo.pop()
-        path = paths.runs() / name / "run.json"
-        if name not in found and path.exists():
-            found[name] = json.loads(path.read_text())
-            todo += [parent for kind in ("teacher", "init") if isinstance(parent := found[name]["run"][kind], str)]
-    return found
 
 
 def measure(
     run: Source, measure: Measure, *, reference: Source | None = None, device: str | None = None
 ) -> dict[str, Any]:
-    """What ``measure`` gives on the run, from the store or measured now; ``reference`` is the net it is compared to."""
+    """The result of ``measure`` on the run, stored or measured now; ``reference`` is the net it is compared to."""
     name = measure_name(measure, reference)
-    cached = _measures(run).get(name)
+    cached = measured(run, measure, reference=reference)
     if cached is not None:
         return cached
     model = load_or_train(run, device=device)
@@ -183,30 +119,31 @@ def measure(
     tag = hashlib.sha256(name.encode()).hexdigest()[:8]
     partial = folder(run) / f"partial-{tag}.json"
     data = load_data(run.dataset)
-    # One lock a measurement, so that two measurements of one run do not wait for each other.
+    # One lock per measurement, so that two measurements of one run do not wait for each other.
     with _lock(run, tag), computing(data.image_shape, resolve_device(device)):
-        cached = _measures(run).get(name)
+        cached = measured(run, measure, reference=reference)
         if cached is not None:
             return cached
         started = time.perf_counter()
         result = measure(model, data, reference=other, state=partial)
         result["seconds"] = round(time.perf_counter() - started, 3)
         with _lock(run):
-            _write_json(folder(run) / "measures.json", _measures(run) | {name: result})
+            write_json(folder(run) / "measures.json", measures_of(run) | {name: result})
         partial.unlink(missing_ok=True)
     return result
 
 
 def measured(run: Source, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
-    """What the store has of a measurement; None if it was not taken."""
-    return _measures(run).get(measure_name(measure, reference))
+    """The stored result of a measurement; None if there is none that ``measure.accepts``."""
+    result = measures_of(run).get(measure_name(measure, reference))
+    return result if result is not None and measure.accepts(result) else None
 
 
 def check_writable(home: Path) -> None:
-    """Make a folder and a file in it, to learn before any work whether that is possible.
+    """Check that a folder can be created and written, before any work is done.
 
     Raises:
-        StoreError: it is not.
+        StoreError: the folder cannot be written.
     """
     probe = home / f".probe-{os.getpid()}"
     try:
@@ -218,29 +155,27 @@ def check_writable(home: Path) -> None:
 
 
 def _lock(run: Source, part: str = "") -> FileLock:
-    """The lock of a run, or of a part of it. The operating system drops it when its process dies, however it dies."""
+    """The lock of a run, or of a part of the run. The operating system releases the lock when its process dies."""
     check_writable(paths.runs())
     return FileLock(paths.runs() / f"{run_key(run)}{part and '-' + part}.lock")
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: readers see the old file or the whole new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """``replace_file``; a failure becomes a StoreError that names the file."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
+        replace_file(path, write)
     except (OSError, safetensors.SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or error
         raise StoreError(f"{path.parent.name}/{path.name} cannot be written: {reason}") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _replace(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
+def write_json(path: Path, value: Any) -> None:
+    """A value as a JSON file, written like ``write_file``."""
+    write_file(path, lambda partial: partial.write_text(json.dumps(value, indent=1)))
 
 
-def _measures(run: Source) -> dict[str, Any]:
+def measures_of(run: Source) -> dict[str, Any]:
+    """All stored results of the run, by ``measure_name``."""
     path = folder(run) / "measures.json"
     try:
         written = path.stat()
@@ -254,20 +189,11 @@ def _measures(run: Source) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _read_measures(path: Path, *written: int) -> dict[str, Any]:
-    """Parsed once and again when it is ``written`` anew: a row asks for each of its cells. Not to be changed."""
+    """Cached until the file changes (``written``), because a table reads the file once per cell."""
     measures = json.loads(path.read_text())
     if not isinstance(measures, dict):
         raise ValueError("not a mapping")
     return measures
-
-
-def _content(tensors: dict[str, torch.Tensor]) -> str:
-    """One sha256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def damage(run: Run) -> str | None:
@@ -283,12 +209,12 @@ def damage(run: Run) -> str | None:
 
 
 def _set_aside_if_damaged(run: Run) -> bool:
-    """Move a finished run whose files do not fit its record out of the way; True if that happened."""
+    """Move a finished run whose files do not match its record out of the way; True if it was moved."""
     if damage(run) is None:
         return False
     home = folder(run)
     with _lock(run):
-        # Looked at again under the lock: another process may have set it aside and trained it meanwhile.
+        # Checked again under the lock: another process may have set the run aside and trained it meanwhile.
         reason = damage(run)
         if reason is None:
             return False
@@ -316,9 +242,9 @@ def _load(run: Run) -> nn.Module:
 
 
 def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -> None:
-    """Train under the run's lock, unless another process has done so while we waited.
+    """Train under the run's lock, unless another process finished the run while this one waited.
 
-    Of several processes that train together the first holds the lock and writes.
+    In a process group, rank 0 alone holds the lock and writes.
     """
     teacher = None if run.teacher is None else load_or_train(run.teacher, device=device)
     writes = distributed.rank() == 0
@@ -341,9 +267,9 @@ def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -
                 record = state.record() | {"seconds": seconds, "resumed": resumed, "run": describe(run)}
                 record |= {"steps": -(-_examples(run) // run.schedule.batch_size)}
                 tensors = state.tensors()
-                metadata = {"record": json.dumps(record), "sha256": _content(tensors)}
+                metadata = {"record": json.dumps(record), "sha256": content_hash(tensors)}
                 path = home / "checkpoint.safetensors"
-                _replace(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
+                write_file(path, lambda partial: safetensors.torch.save_file(tensors, partial, metadata))
 
         curve = train(
             student,
@@ -364,7 +290,7 @@ def _train_once(run: Run, device: torch.device, callbacks: Sequence[Callback]) -
 
 
 def _examples(run: Run) -> int:
-    """How many examples an epoch of the run shows."""
+    """The number of examples per epoch of the run."""
     n = len(load_data(run.dataset).fitting.labels)
     return min(n, run.schedule.images) if run.schedule.images else n
 
@@ -374,8 +300,8 @@ def _write_result(
 ) -> None:
     home = folder(run)
     weights = {name: value.cpu().contiguous() for name, value in student.state_dict().items()}
-    _replace(home / "model.safetensors", lambda partial: safetensors.torch.save_file(weights, partial))
-    _replace(home / "history.csv", lambda partial: _write_history(partial, curve.rows))
+    write_file(home / "model.safetensors", lambda partial: safetensors.torch.save_file(weights, partial))
+    write_file(home / "history.csv", lambda partial: _write_history(partial, curve.rows))
     record = {
         "key": run_key(run),
         "run": describe(run),
@@ -388,7 +314,7 @@ def _write_result(
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "environment": environment(device),
     }
-    _write_json(home / "run.json", record)
+    write_json(home / "run.json", record)
     (home / "checkpoint.safetensors").unlink(missing_ok=True)
 
 
@@ -400,7 +326,7 @@ def _load_training(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
         with safetensors.safe_open(path, framework="pt") as file:
             record = json.loads(file.metadata()["record"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if _content(tensors) != file.metadata()["sha256"]:
+            if content_hash(tensors) != file.metadata()["sha256"]:
                 raise ValueError("its tensors do not match their sha256")
             return tensors, record
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -426,78 +352,3 @@ def environment(device: torch.device | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         "device": gpu or f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
     }
-
-
-def epochs_done(run: Run) -> int:
-    """How many epochs of an unfinished run are in its checkpoint."""
-    record = _unfinished(folder(run))
-    return 0 if record is None else int(record["epoch"])
-
-
-def list_store() -> list[dict[str, Any]]:
-    """What the store holds, newest first.
-
-    Key, state (finished, epoch e of E, damaged), what it is, epochs, seconds; in per cent of the last epoch the clean
-    accuracy on the validation images and the robust one that epochs are selected by; the seconds left to the end (None
-    where they are not known).
-    """
-    entries = []
-    for home in sorted(paths.runs().glob("*/"), key=lambda path: -path.stat().st_mtime):
-        try:
-            record = json.loads((home / "run.json").read_text())
-            run = record["run"]
-            state, epochs, seconds, left = "finished", run["schedule"]["epochs"], record["seconds"], 0.0
-            rows = _read_history(home)
-        except FileNotFoundError:
-            record = _unfinished(home)
-            if record is None:
-                continue
-            run, epochs, seconds, rows = record["run"], record["epoch"], round(record["seconds"], 1), record["rows"]
-            state, left = _progress(record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            entries.append({"key": home.name, "state": f"damaged ({error})", "what": "", "epochs": 0, "seconds": 0})
-            continue
-        if ".damaged-" in home.name:
-            state = "set aside as damaged"
-        what = f"{run['method']['type']} {run['model']} on {run['dataset']}, seed {run['seed']}"
-        last = rows[-1] if rows else {}
-        entry = {"key": home.name, "state": state, "what": what, "epochs": epochs, "seconds": seconds}
-        entry |= {
-            "accuracy": last.get("validation_clean"),
-            "robust": last.get("selection_robust"),
-            "seconds_left": left,
-        }
-        entries.append(entry | {"run": run})
-    return entries
-
-
-def _progress(record: dict[str, Any]) -> tuple[str, float | None]:
-    """The state of an unfinished training in words, and the seconds left at the pace so far."""
-    total, done = record["run"]["schedule"]["epochs"], record["epoch"]
-    inside = record.get("step", 0) / record["steps"] if record.get("steps") else 0.0
-    state = f"epoch {done} of {total}" + (f" and {100 * inside:.0f} %" if inside else "")
-    share = (done + inside) / total
-    return state, round(record["seconds"] * (1 - share) / share, 1) if share else None
-
-
-def _unfinished(home: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(_metadata(home / "checkpoint.safetensors")["record"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, which may be gone at any moment: its training goes on meanwhile.
-
-    The format opens with the length of a JSON header, eight bytes, little endian. The library opens the file a second
-    time, and answers one that vanished in between with a bare RuntimeError.
-
-    Raises:
-        OSError, ValueError, KeyError: there is no such file, or it is none of that kind.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError("not a safetensors file")
-        return json.loads(file.read(length))["__metadata__"]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from kdiga_nb.runs.graph import Job, end_with_parent, run_all
+from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import ancestors
-from kdiga_nb.runs.store import epochs_done, is_finished, load_or_train
+from kdiga_nb.runs.store import is_finished, load_or_train
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,7 @@ class Explorer:
 
     def _students(self) -> list[str]:
         """The nets for images of the data set's size: the digits' own, or the others."""
-        digits = self.params.student.startswith("digits_")
-        return [name for name in MODELS if name.startswith("digits_") == digits]
+        return [name for name, net in MODELS.items() if net.digits == MODELS[self.params.student].digits]
 
     def _images(self) -> int:
         return len(load_data(self.params.dataset).test.labels)

@@ -15,10 +15,11 @@ from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.attacks.losses import LOSSES, LossPGD, dlr, margin
 from kdiga_nb.attacks.rays import RayS
-from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, Survivors, Transfer, plan, preconditions
+from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, Transfer, plan, preconditions
 from kdiga_nb.audit.verdict import MASKING, WEAKNESS, verdict
 from kdiga_nb.data import Data, Split
 from kdiga_nb.losses import cross_entropy, input_gradient
+from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import AT
 from kdiga_nb.models import build_model
 from kdiga_nb.training import Schedule, train
@@ -255,7 +256,7 @@ def test_the_parts_of_autoattack_are_the_ensembles_own(tiny_net: Callable[..., n
 
 
 def test_survivors_name_the_images(trained: nn.Module, digits: Data) -> None:
-    result = Survivors(None, 50)(trained, digits)
+    result = TestAccuracy(None, 50)(trained, digits)
     x, y = (part[:50] for part in digits.test)
     assert result["survivors"] == "".join(str(int(right)) for right in trained(x).argmax(1) == y)
     assert (result["n"], result["percent"]) == (50, 2 * result["survivors"].count("1"))
@@ -263,7 +264,7 @@ def test_survivors_name_the_images(trained: nn.Module, digits: Data) -> None:
 
 def test_images_of_the_net_itself_transfer_fully(trained: nn.Module, robust: nn.Module, digits: Data) -> None:
     attack = PGD(EPSILON, 0.01, 10)
-    own = Survivors(attack, 50)(trained, digits)
+    own = TestAccuracy(attack, 50)(trained, digits)
     assert Transfer(attack, 50)(trained, digits, reference=trained) == own
     assert Transfer(attack, 50)(trained, digits, reference=robust)["percent"] > own["percent"]
     with pytest.raises(ValueError, match="needs a reference"):
@@ -382,7 +383,7 @@ def test_a_robust_net_passes_every_rule(robust: nn.Module, trained: nn.Module, d
     says = verdict(found)
     assert (says.faults, says.masking, says.weakness, says.word) == ({}, {}, {}, "sound")
     assert 60 < says.worst <= says.plain <= says.clean
-    assert "no rule rings" in says.sentence
+    assert "no warning sign" in says.sentence
 
 
 def test_a_weak_net_is_not_taken_for_a_masked_one(weak: dict[str, Any]) -> None:
@@ -432,17 +433,17 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "found", "rings"), CASES, ids=[f"{name}-{rings}" for name, _, rings in CASES])
-def test_rule(name: str, found: dict[str, Any], rings: bool) -> None:
-    sentence = RULES[name](found)
-    assert bool(sentence) == rings
-    says = verdict(found)
-    assert (name in says.masking | says.weakness) == rings
+@pytest.mark.parametrize(("name", "results", "warns"), CASES, ids=[f"{name}-{warns}" for name, _, warns in CASES])
+def test_rule(name: str, results: dict[str, Any], warns: bool) -> None:
+    sentence = RULES[name](results)
+    assert bool(sentence) == warns
+    says = verdict(results)
+    assert (name in says.masking | says.weakness) == warns
 
 
-def test_every_rule_has_a_case_that_rings_and_one_that_does_not() -> None:
-    for rings in (True, False):
-        assert {name for name, _, expected in CASES if expected == rings} == set(RULES)
+def test_every_rule_has_a_case_that_warns_and_one_that_does_not() -> None:
+    for warns in (True, False):
+        assert {name for name, _, expected in CASES if expected == warns} == set(RULES)
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))

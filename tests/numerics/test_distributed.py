@@ -26,8 +26,9 @@ from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.paths import PARAMS, ROOT
+from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import Run, folder
-from kdiga_nb.runs.store import epochs_done, history, is_finished, load_or_train
+from kdiga_nb.runs.store import history, is_finished, load_or_train
 from kdiga_nb.training import Schedule, train, train_step
 
 PROCESSES = 2

@@ -16,7 +16,7 @@ from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import IMAGENETTE_CLASSES, load_data
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.metrics import accuracy
-from kdiga_nb.models import TIMM, build_model
+from kdiga_nb.models import MODELS, build_model
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, load, locate, parse
 from kdiga_nb.runs.graph import Job, title
@@ -98,7 +98,7 @@ def test_a_file_as_others_write_it_gives_the_same_net(
 
 
 def test_timms_own_names(tmp_path: Path) -> None:
-    theirs = timm.create_model(TIMM["resnet18"], num_classes=10, in_chans=1)
+    theirs = timm.create_model(str(MODELS["resnet18"].timm), num_classes=10, in_chans=1)
     ours = load(Checkpoint(saved(tmp_path, theirs.state_dict()), format="timm", model="resnet18:digits"))
     assert torch.equal(ours.get_parameter("head.weight"), theirs.get_parameter("fc.weight"))
     assert torch.equal(ours.get_parameter("encoder.conv1.weight"), theirs.get_parameter("conv1.weight"))
@@ -107,7 +107,7 @@ def test_timms_own_names(tmp_path: Path) -> None:
 @pytest.mark.skipif(not (paths.data() / "imagenette2-160").is_dir(), reason="no imagenette2-160 under KDIGA_DATA")
 def test_a_thousand_classes_become_imagenettes_ten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    theirs = timm.create_model(TIMM["resnet18"])
+    theirs = timm.create_model(str(MODELS["resnet18"].timm))
     ours = load(Checkpoint(saved(tmp_path, theirs.state_dict()), format="timm", model="resnet18:imagenette"))
     rows = torch.tensor(IMAGENETTE_CLASSES)
     assert torch.equal(ours.get_parameter("head.weight"), theirs.get_parameter("fc.weight")[rows])
@@ -235,7 +235,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(server: Server) -> 
 
 def test_a_download_that_keeps_breaking_off_is_taken_up_by_the_next_start(server: Server) -> None:
     server.deaths, server.budget = 3, 100_000
-    with pytest.raises(StoreError, match="300000 bytes are kept, the next try goes on from there"):
+    with pytest.raises(StoreError, match="300000 bytes are kept, the next attempt resumes there"):
         locate(at(server))
     assert locate(at(server)).read_bytes() == server.content
     assert server.requests[-1] == "bytes=300000-"

@@ -20,8 +20,9 @@ from kdiga_nb.cli import app
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import KD, ST
 from kdiga_nb.runs.graph import Job, graph_of, run_all
+from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import Run, folder
-from kdiga_nb.runs.store import epochs_done, history, is_finished
+from kdiga_nb.runs.store import history, is_finished
 from kdiga_nb.training import Schedule
 
 dask_distributed = pytest.importorskip("dask.distributed")

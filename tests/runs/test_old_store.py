@@ -14,7 +14,7 @@ from kdiga_nb.attacks import evaluation_pgd
 from kdiga_nb.data import load_data
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import ST
-from kdiga_nb.runs import Run, damage, is_finished, load_or_train, measured, run_key
+from kdiga_nb.runs import Run, damage, is_finished, load_or_train, measure, measured, run_key
 from kdiga_nb.training import Schedule
 
 KEY = "36a386034c855016"
@@ -45,7 +45,16 @@ def test_an_old_net_is_loaded_and_not_trained_again() -> None:
     assert abs(percent - recorded["percent"]) <= 0.4
 
 
-@pytest.mark.parametrize("measure", [TestAccuracy(), TestAccuracy(evaluation_pgd(0.1))], ids=["clean", "PGD-20"])
-def test_an_old_measurement_is_found_under_its_name(measure: TestAccuracy) -> None:
-    recorded = measured(RUN, measure)
+@pytest.mark.parametrize("taken", [TestAccuracy(), TestAccuracy(evaluation_pgd(0.1))], ids=["clean", "PGD-20"])
+def test_an_old_measurement_is_found_under_its_name(taken: TestAccuracy) -> None:
+    recorded = measured(RUN, taken)
     assert recorded is not None and recorded["n"] == 500
+
+
+def test_an_old_result_without_a_mask_is_measured_again_only_where_the_mask_is_needed() -> None:
+    plain, masked = TestAccuracy(), TestAccuracy(needs_mask=True)
+    recorded = measured(RUN, plain)
+    assert recorded is not None and "survivors" not in recorded and measured(RUN, masked) is None
+    again = measure(RUN, masked, device="cpu")
+    assert abs(again["percent"] - recorded["percent"]) <= 0.4
+    assert measured(RUN, masked) == measured(RUN, plain) == again and len(again["survivors"]) == 500

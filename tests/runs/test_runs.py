@@ -34,18 +34,9 @@ from kdiga_nb.methods import KD, KDIGA, METHODS, ST, Method
 from kdiga_nb.models import build_model
 from kdiga_nb.runs import Checkpoint, StoreError
 from kdiga_nb.runs.graph import Job, run_all
+from kdiga_nb.runs.listing import epochs_done, list_store, stored
 from kdiga_nb.runs.run import Run, ancestors, describe, folder, measure_name, run_key
-from kdiga_nb.runs.store import (
-    epochs_done,
-    history,
-    is_finished,
-    list_store,
-    load_or_train,
-    measure,
-    measured,
-    stored,
-    training_seconds,
-)
+from kdiga_nb.runs.store import history, is_finished, load_or_train, measure, measured, training_seconds
 from kdiga_nb.training import Schedule, TrainingError, TrainingState
 
 ATTACK = PGD(0.1, 0.05, 2)
