@@ -8,24 +8,3 @@ from kdiga_nb.attacks.rays import RayS
 
 Attack = PGD | FGSM | AutoAttack
 ATTACKS: dict[str, type[PGD] | type[FGSM] | type[AutoAttack]] = {"pgd": PGD, "fgsm": FGSM, "autoattack": AutoAttack}
-
-__all__ = [
-    "ATTACKS",
-    "FGSM",
-    "LOGITS_COMPARED",
-    "LOSSES",
-    "MEMBERS",
-    "PGD",
-    "Attack",
-    "AutoAttack",
-    "AutoAttackReport",
-    "LossPGD",
-    "Objective",
-    "RayS",
-    "SignAscent",
-    "ball",
-    "check_inputs",
-    "dlr",
-    "evaluation_pgd",
-    "margin",
-]

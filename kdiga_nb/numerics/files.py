@@ -27,7 +27,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 def content_hash(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     """The sha256 of names and values. A mapping is hashed in the order of its names, pairs in their own order."""
-    pairs = sorted(tensors.items()) if isinstance(tensors, Mapping) else tensors
+    pairs: Iterable[tuple[str, Tensor]] = sorted(tensors.items()) if isinstance(tensors, Mapping) else tensors
     digest = hashlib.sha256()
     for name, tensor in pairs:
         digest.update(name.encode())

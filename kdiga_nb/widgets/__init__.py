@@ -3,5 +3,3 @@
 from kdiga_nb.widgets.drawing import draw, image_bytes, table
 from kdiga_nb.widgets.explorer import Explorer
 from kdiga_nb.widgets.views import State, compute, words
-
-__all__ = ["Explorer", "State", "compute", "draw", "image_bytes", "table", "words"]

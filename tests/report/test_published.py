@@ -10,7 +10,7 @@ import pytest
 from kdiga_nb import paths
 from kdiga_nb.audit.verdict import TELLING
 from kdiga_nb.cli import _print_summary
-from kdiga_nb.notebooks import _Summary
+from kdiga_nb.notebooks import Summary
 from kdiga_nb.report.numbers import COLUMNS
 from kdiga_nb.report.published import agrees, compare, summary
 from kdiga_nb.runs.graph import Outcome
@@ -146,7 +146,7 @@ def test_plain_pgd_overstates_the_published_audit_of_one_net_alone() -> None:
 def test_reproduce_ends_with_the_comparison(run: bool, own_figures: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if run:
         shutil.copytree(paths.published("digits"), own_figures / "digits")
-    _print_summary(Outcome(), _Summary([], [], {}), "digits", 1.0)
+    _print_summary(Outcome(), Summary([], [], {}), "digits", 1.0)
     *_, before, last = capsys.readouterr().out.splitlines()
     assert (last if not run else before).startswith("figures in ")
     assert not run or last == summary("digits")
