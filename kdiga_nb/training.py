@@ -47,7 +47,7 @@ class Schedule:
     """How long and how fast a net is trained, and which of its epochs is kept.
 
     Attributes:
-        epochs, batch_size: passes over the data; images a step.
+        epochs, batch_size: passes over the data; images per step.
         learning_rate: the peak rate for ``one_cycle``.
         optimizer: ``sgd`` with momentum (the paper's), or ``adamw`` (for transformers trained from scratch).
         policy: ``multistep`` multiplies by ``decay`` at each milestone (epochs); ``one_cycle`` rises linearly over the
