@@ -47,7 +47,7 @@ def main() -> None:
         torch.zeros(options.batch, dtype=torch.int64, device=device),
     )
     before = _peak(device)
-    with computing(shape, device):
+    with computing(device):
         for _ in range(2):
             train_step(student, teacher, METHODS[options.method], optimizer, x, y)
     grown = _peak(device) - before

@@ -32,7 +32,7 @@ from kdiga_nb.methods import KDIGA, ST, Method, Terms
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics.double_backward import BatchNorm2d, Conv2d
 from kdiga_nb.numerics.folding import folded_copy
-from kdiga_nb.numerics.memory import keep_pages, return_pages
+from kdiga_nb.numerics.memory import keep_pages
 from kdiga_nb.numerics.scopes import Autocast, computing, placed
 from kdiga_nb.training import PRECISIONS, train_step
 
@@ -180,7 +180,7 @@ def shape_of(model: str, side: int) -> tuple[int, int, int]:
 def measure(model: str, side: int, batch: int, rounds: int, where: Where, without: str = "") -> dict[str, Any]:
     """Seconds of each kind of step, and the ratios that matter; threads and memory as in training."""
     shape = shape_of(model, side)
-    with computing(shape, where.device):
+    with computing(where.device, single_thread=side * side <= 64):
         return _measured(model, batch, rounds, shape, where, without)
 
 
@@ -245,16 +245,16 @@ def pages(rounds: int, model: str = "mobilenet_v2", side: int = 32) -> list[dict
     found = []
     for batch in (32, 128, 256):
         step = steps(model, batch, shape_of(model, side), CPU)["kdiga"]
-        ways = {"given back": return_pages, "kept": keep_pages}
+        ways = {"given back": False, "kept": True}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
-            for name, setting in ways.items():
-                setting()
+            for name, kept in ways.items():
+                keep_pages(kept)
                 step()
                 started = time.perf_counter()
                 step()
                 seconds[name].append(time.perf_counter() - started)
-        return_pages()
+        keep_pages(False)
         medians = {name: summary(values) for name, values in seconds.items()}
         ratio = medians["given back"]["median"] / medians["kept"]["median"]
         found.append({"model": model, "side": side, "batch": batch, "seconds": medians, "given back / kept": ratio})

@@ -144,8 +144,8 @@ class Data:
 
     The last ``validation_size`` examples of ``train`` are its ``validation`` part. Training only ever sees ``fitting``,
     the rest; checkpoints are selected on ``validation``; ``test`` is for measuring. ``eight_bit`` says that pixels are
-    multiples of 1/255, which a device may then hold as bytes. ``single_thread`` says that one CPU thread computes nets
-    on these images about as quickly as several, as for 8×8 digits; sums then do not depend on the number of threads.
+    multiples of 1/255, which a device may then hold as bytes. ``single_thread`` says that one CPU thread is about
+    as quick as several, as for 8×8 digits; sums then do not depend on the number of threads.
     """
 
     name: str

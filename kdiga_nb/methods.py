@@ -93,9 +93,22 @@ def _gradient(teacher: nn.Module | None, x: Tensor, y: Tensor) -> tuple[Tensor, 
     return input_gradient(_teacher(teacher), x, y)
 
 
-def _reduced(kl: Tensor, reduction: str, classes: int) -> Tensor:
-    """Mean over the batch, or over batch and classes as the authors' code does (a factor 1/N weaker)."""
-    return kl.mean() / (classes if reduction == "mean" else 1)
+def _distillation(method: Any, logits: Tensor, y: Tensor, student_logits: Tensor, target: Tensor) -> Terms:
+    """λ_CE·CE(logits, y) and λ_KL·KL(student_logits, target).
+
+    The KL is averaged over the batch, or over batch and classes as in the authors' code (a factor 1/N weaker).
+    """
+    kl = distillation_kl(student_logits, target, method.temperature)
+    mean_kl = kl.mean() / (logits.shape[1] if method.kl_reduction == "mean" else 1)
+    return {
+        "cross_entropy": method.lambda_ce * cross_entropy(logits, y).mean(),
+        "distillation": method.lambda_kl * mean_kl,
+    }
+
+
+def _alignment(method: Any, g_student: Tensor, g_teacher: Tensor) -> Terms:
+    """λ_IGA·IGA(g_s, g_t)."""
+    return {"alignment": method.lambda_iga * gradient_distance(g_student, g_teacher, method.norm)}
 
 
 @dataclass(frozen=True)
@@ -120,11 +133,7 @@ class KD(Method):
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
         logits = student(x)
-        kl = distillation_kl(logits, _logits(teacher, x), self.temperature)
-        return {
-            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
-            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
-        }
+        return _distillation(self, logits, y, logits, _logits(teacher, x))
 
 
 @dataclass(frozen=True)
@@ -171,12 +180,8 @@ class KDIGA(Method):
         if self.attack is not None:
             x_adv = self.attack.step(start, g_student.detach(), x)
             student_logits, teacher_logits = student(x_adv), _logits(teacher, x_adv)
-        kl = distillation_kl(student_logits, teacher_logits, self.temperature)
-        return {
-            "cross_entropy": self.lambda_ce * cross_entropy(student_logits, y).mean(),
-            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, student_logits.shape[1]),
-            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
-        }
+        terms = _distillation(self, student_logits, y, student_logits, teacher_logits)
+        return terms | _alignment(self, g_student, g_teacher)
 
 
 @dataclass(frozen=True)
@@ -198,12 +203,8 @@ class ARD(Method):
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
         x_adv = self.attack(student, x, y)
         logits = student(x)
-        goal = _logits(teacher, x if self.target == "clean" else x_adv)
-        kl = distillation_kl(student(x_adv), goal, self.temperature)
-        return {
-            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
-            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
-        }
+        target = _logits(teacher, x if self.target == "clean" else x_adv)
+        return _distillation(self, logits, y, student(x_adv), target)
 
 
 @dataclass(frozen=True)
@@ -223,12 +224,8 @@ class KDIGA_ARD_C(Method):
         x_adv = self.attack(student, x, y)
         g_student, logits = input_gradient(student, x, y, create_graph=True)
         g_teacher, teacher_logits = _gradient(teacher, x, y)
-        kl = distillation_kl(student(x_adv), teacher_logits, self.temperature)
-        return {
-            "cross_entropy": self.lambda_ce * cross_entropy(logits, y).mean(),
-            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, logits.shape[1]),
-            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
-        }
+        terms = _distillation(self, logits, y, student(x_adv), teacher_logits)
+        return terms | _alignment(self, g_student, g_teacher)
 
 
 @dataclass(frozen=True)
@@ -248,12 +245,8 @@ class KDIGA_ARD_A(Method):
         x_adv = self.attack(student, x, y)
         g_student, student_logits = input_gradient(student, x_adv, y, create_graph=True)
         g_teacher, teacher_logits = _gradient(teacher, x_adv, y)
-        kl = distillation_kl(student_logits, teacher_logits, self.temperature)
-        return {
-            "cross_entropy": self.lambda_ce * cross_entropy(student(x), y).mean(),
-            "distillation": self.lambda_kl * _reduced(kl, self.kl_reduction, student_logits.shape[1]),
-            "alignment": self.lambda_iga * gradient_distance(g_student, g_teacher, self.norm),
-        }
+        terms = _distillation(self, student(x), y, student_logits, teacher_logits)
+        return terms | _alignment(self, g_student, g_teacher)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from kdiga_nb.methods import Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
 from kdiga_nb.numerics import distributed
-from kdiga_nb.numerics.memory import is_out_of_memory, release
+from kdiga_nb.numerics.memory import attempt, largest_that_fits
 from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device
 from kdiga_nb.teacher import prepared_teacher
 
@@ -46,7 +47,7 @@ class Schedule:
     """How long and how fast a net is trained, and which of its epochs is kept.
 
     Attributes:
-        epochs, batch_size: passes over the data; images a step.
+        epochs, batch_size: passes over the data; images per step.
         learning_rate: the peak rate for ``one_cycle``.
         optimizer: ``sgd`` with momentum (the paper's), or ``adamw`` (for transformers trained from scratch).
         policy: ``multistep`` multiplies by ``decay`` at each milestone (epochs); ``one_cycle`` rises linearly over the
@@ -239,7 +240,7 @@ def _advance(
     if check:
         check_finite(terms)
     optimizer.zero_grad(set_to_none=True)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     # Naming the inputs keeps the backward pass from also computing the gradient of every term for the pixels.
     torch.stack(list(terms.values())).sum().backward(inputs=parameters)
     distributed.average_gradients(parameters)
@@ -247,6 +248,10 @@ def _advance(
         nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def check_finite(terms: dict[str, Tensor]) -> None:
@@ -320,7 +325,7 @@ def train(
     saver = _Saver(save, save_seconds)
     inputs_repeat = not schedule.augment and schedule.precision == "float32"
     prepared = prepared_teacher(teacher, feed, schedule.batch_size, inputs_repeat=inputs_repeat)
-    with computing(data.image_shape, where), torch.random.fork_rng(), prepared as teacher:
+    with computing(where, single_thread=data.single_thread), torch.random.fork_rng(), prepared as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
             row = _epoch(state, teacher, feed, schedule, seed, saver)
@@ -373,7 +378,10 @@ def _epoch(
         where = f"at epoch {state.epoch + 1}, step {step + 1} of {steps}"
         try:
             options = {"share": len(y) * processes / whole, "check": not on_gpu}
-            terms = _advance_in_memory(student, teacher, state, x, y, schedule.clip_norm, **options)
+            step_on = partial(_advance, student, teacher, state.criterion, state.optimizer, **options)
+            terms = attempt(partial(step_on, x, y, schedule.clip_norm), feed.device)
+            if terms is None:
+                raise _out_of_memory(student, teacher, state, x, y)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.double() / steps
             if on_gpu and (step + 1) % CHECK_EVERY == 0:
@@ -424,51 +432,24 @@ def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
         torch.manual_seed((at * 1009 + state.step) * 1009 + feed.shard.rank)
 
 
-def _advance_in_memory(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    state: TrainingState,
-    x: Tensor,
-    y: Tensor,
-    clip_norm: float,
-    *,
-    share: float,
-    check: bool,
-) -> dict[str, Tensor]:
-    """``_advance``; an allocation that failed becomes a ``TrainingError`` naming a batch size that fits."""
-    try:
-        return _advance(student, teacher, state.criterion, state.optimizer, x, y, clip_norm, share=share, check=check)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-    # Outside the handler (and not in a context manager, which would keep the error and its frames), so that the failed
-    # step's graph is gone.
-    state.optimizer.zero_grad(set_to_none=True)
-    processes = distributed.world_size()
-    fits = len(y) // 2 if processes > 1 else _largest_that_fits(student, teacher, state, x, y)
-    total = len(y) * processes
-    advice = (
-        f"batch_size {fits * processes} {'may fit' if processes > 1 else 'fits'}" if fits else "even 1 does not fit"
-    )
-    raise TrainingError(f"out of memory with {total} images a step on {x.device}: {advice}; what was saved is kept,")
-
-
-def _largest_that_fits(
+def _out_of_memory(
     student: nn.Module, teacher: nn.Module | None, state: TrainingState, x: Tensor, y: Tensor
-) -> int:
-    """The first of n/2, n/4, … whose loss and gradients can be computed; 0 if none. (No collectives: one process.)"""
-    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    n = len(y)
-    while n := n // 2:
-        release(x.device)
-        try:
-            terms = state.criterion(student, teacher, x[:n], y[:n])
-            torch.autograd.grad(torch.stack(list(terms.values())).sum(), parameters, allow_unused=True)
-            return n
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-    return 0
+) -> TrainingError:
+    """The error of a step that ran out of memory; it names a batch size that fits."""
+    state.optimizer.zero_grad(set_to_none=True)
+    processes, total = distributed.world_size(), len(y) * distributed.world_size()
+
+    def gradients(n: int) -> None:
+        terms = state.criterion(student, teacher, x[:n], y[:n])
+        torch.autograd.grad(torch.stack(list(terms.values())).sum(), _parameters(state.optimizer), allow_unused=True)
+
+    # Several processes would have to try together: half is only likely to fit.
+    fits = len(y) // 2 if processes > 1 else largest_that_fits(gradients, len(y), x.device)
+    may = "may fit" if processes > 1 else "fits"
+    advice = f"batch_size {fits * processes} {may}" if fits else "even 1 does not fit"
+    return TrainingError(
+        f"out of memory with {total} images per step on {x.device}: {advice}; the saved state is kept,"
+    )
 
 
 def _select(state: TrainingState, data: Data, schedule: Schedule, row: dict[str, float]) -> None:

@@ -4,9 +4,9 @@ import json
 import math
 import platform
 import random
-import re
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -593,37 +593,43 @@ def test_selection_on_no_validation_examples_fails_at_once(
         train(tiny_net(side=8, classes=10), ST(), bare, Schedule(1, selection="validation", selection_epsilon=0.1))
 
 
-SHORT_OF_MEMORY = """
-import resource, torch
-from kdiga_nb.data import Data, Split
-from kdiga_nb.methods import ST
-from kdiga_nb.models import build_model
-from kdiga_nb.training import Schedule, train
-torch.set_num_threads(1)
-net = build_model("digits_wide", num_classes=10, image_shape=(1, 32, 32))
-split = Split(torch.rand(4096, 1, 32, 32), torch.zeros(4096, dtype=torch.int64))
-data = Data("many", split, split, 10, validation_size=0)
-train(net, ST(), Data("few", *[Split(split.images[:8], split.labels[:8])] * 2, 10, 0), Schedule(1, 8), device="cpu")
-with open("/proc/self/statm") as file:
-    used = int(file.read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, resource.RLIM_INFINITY))
-train(net, ST(), data, Schedule(1, 4096), device="cpu")
-"""
+class ShortOfMemory(nn.Module):
+    """Runs out of memory on more than ``largest`` images, after its forward pass has built a graph.
 
-
-def test_out_of_memory_names_the_batch_size_that_fits() -> None:
-    """A process whose address space ends 600 MB on; a step on all 4,096 images would take some GB.
-
-    What the failed step held must be free by then: with its graph still alive hardly an image fits.
+    The allocator refuses a tensor that no machine can hold. ``released`` says, at each call after a failed one, whether
+    the failed call's graph is gone.
     """
-    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)
-    line = done.stderr.strip().splitlines()[-1]
-    found = re.search(
-        r"out of memory with 4096 images a step on cpu: batch_size (\d+) fits; what was saved is kept", line
-    )
-    assert found, done.stderr
-    assert 128 <= int(found[1]) < 4096
-    assert "epoch 1, step 1 of 1" in line
+
+    def __init__(self, largest: int):
+        super().__init__()
+        self.layer, self.largest = nn.Linear(64, 10), largest
+        self.held: weakref.ref[Tensor] | None = None
+        self.released: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.held is not None:
+            self.released.append(self.held() is None)
+        logits = self.layer(x.flatten(1))
+        self.held = weakref.ref(logits) if len(x) > self.largest else None
+        if self.held is not None:
+            torch.empty(2**60)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("largest", "advice", "attempts"), [(20, "batch_size 16 fits", 2), (0, "even 1 does not fit", 6)]
+)
+def test_out_of_memory_names_the_batch_size_that_fits(
+    few_digits: Data, largest: int, advice: str, attempts: int
+) -> None:
+    """What the failed step held is free before smaller batches are tried."""
+    net = ShortOfMemory(largest)
+    with pytest.raises(TrainingError) as raised:
+        train(net, ST(), few_digits, Schedule(1, 64), device="cpu")
+    line = str(raised.value)
+    assert f"out of memory with 64 images per step on cpu: {advice}; the saved state is kept," in line
+    assert "epoch 1, step 1 of" in line
+    assert net.released == [True] * attempts
 
 
 PAGES = """
@@ -639,7 +645,7 @@ def resident():
         return int(file.read().split()[1]) * resource.getpagesize()
 torch.set_num_threads(1)
 plainly = faults()
-with computing((3, 32, 32)):
+with computing():
     torch.ones(40_000_000)
     inside, held = faults(), resident()
 print(plainly, inside, faults(), held - resident())

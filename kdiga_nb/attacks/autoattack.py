@@ -1,6 +1,5 @@
 """AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library."""
 
-import hashlib
 import json
 import logging
 import sys
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from kdiga_nb.attacks.checks import _check_epsilon, check_inputs
 from kdiga_nb.attacks.gradient import ball
 from kdiga_nb.numerics.batches import in_batches
+from kdiga_nb.numerics.files import content_hash, replace_file
 from kdiga_nb.numerics.scopes import frozen, full_precision_inference
 
 
 @dataclass
 class AutoAttackReport:
-    """What AutoAttack found: who is still classified correctly after each member, and what made it suspicious.
+    """AutoAttack's result: the images still classified correctly after each member, and warnings.
 
-    ``survivors`` maps "clean" and then each member, in the order they ran, to a (B,) mask; a member only ever sees the
-    survivors of those before it. ``flags`` are the library's warnings, and ours by the same rules.
+    ``survivors`` maps "clean", then each member in the order they ran, to a (B,) mask. Each member attacks the
+    survivors of the members before it. ``flags`` are the library's warnings and the kit's own by the same rules.
     """
 
     survivors: dict[str, Tensor]
@@ -63,9 +63,9 @@ class AutoAttack:
             raise ValueError(f"version must be one of {', '.join(MEMBERS)}, got {self.version!r}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Adversarial images; an image that resists every member is returned as it is.
+        """Adversarial images; an image that no member misclassifies is returned unchanged.
 
-        ``generator`` is ignored: the library seeds itself from ``seed``, and is kept from moving the global generators.
+        ``generator`` is ignored: the library is seeded by ``seed``, and the global generators are restored.
         """
         x_adv = x.detach().clone()
         self.evaluate(model, x, y, found=x_adv)
@@ -74,15 +74,15 @@ class AutoAttack:
     def evaluate(
         self, model: nn.Module, x: Tensor, y: Tensor, *, state: Path | None = None, found: Tensor | None = None
     ) -> AutoAttackReport:
-        """Run the members one after the other, each on the survivors of those before it.
+        """Run the members in order, each on the survivors of the members before it.
 
         Args:
-            state: a JSON file written after each member; an evaluation that finds one of the same net, images and
-                attack goes on behind it. The caller removes it when the result is stored elsewhere.
-            found: images (B, C, H, W) that are overwritten where a member succeeds.
+            state: a JSON file written after each member. The evaluation resumes from this file if model, data and
+                attack match; the caller deletes it.
+            found: images (B, C, H, W), overwritten where a member succeeds.
 
         Raises:
-            ValueError: inputs as in ``check_inputs``, or a net of fewer classes than a member's loss compares logits.
+            ValueError: inputs as in ``check_inputs``, or a net with fewer classes than a member's loss compares.
         """
         classes = check_inputs(model, x, y)
         x = x.detach()
@@ -117,7 +117,7 @@ class AutoAttack:
             return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size, models=[model])[0]
 
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
-        """``_attack`` by the largest batches up to ``batch_size`` that fit."""
+        """``_attack`` in batches that fit into memory, of at most ``batch_size``."""
         flags: list[str] = []
 
         def work(x: Tensor, y: Tensor) -> tuple[Tensor]:
@@ -128,7 +128,7 @@ class AutoAttack:
         return in_batches(work, (x, y), self.batch_size, models=[model])[0], flags
 
     def _attack(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
-        """One member through the library, its side effects contained: tracer, generators and logger as before."""
+        """Run one member through the library; restore the tracer, the generators and the logger."""
         import pyautoattack
         from pyautoattack import checks
 
@@ -164,7 +164,7 @@ class AutoAttack:
 
 
 class _Flags(logging.Handler):
-    """Collects the library's warnings, cut to their first sentence (the rest points at a file we do not have)."""
+    """Collects the first sentence of the library's warnings (the rest names a file that the kit does not have)."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -175,7 +175,7 @@ class _Flags(logging.Handler):
 
 
 def _flag_square(report: AutoAttackReport, threshold: float = 0.002) -> None:
-    """AutoAttack's rule: a black-box attack that finds what white-box ones missed points at masked gradients."""
+    """AutoAttack's rule: gradients may be masked if a black-box attack succeeds where white-box attacks fail."""
     if not {"fab-t", "square"} <= set(report.survivors):
         return
     before = report.survivors["fab-t"].double().mean().item()
@@ -187,20 +187,16 @@ def _flag_square(report: AutoAttackReport, threshold: float = 0.002) -> None:
 
 
 def _identity(attack: AutoAttack, model: nn.Module, x: Tensor, y: Tensor) -> str:
-    """A hash of what an evaluation is of."""
-    digest = hashlib.sha256(repr(attack).encode())
-    for tensor in (x, y, *model.state_dict().values()):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """A hash of everything that an evaluation depends on."""
+    return content_hash([(repr(attack), x), *(("", tensor) for tensor in (y, *model.state_dict().values()))])
 
 
 def _save(state: Path | None, identity: str, report: AutoAttackReport) -> None:
     if state is None:
         return
     survivors = {k: v.int().tolist() for k, v in report.survivors.items()}
-    partial = state.with_suffix(".partial")
-    partial.write_text(json.dumps({"identity": identity, "survivors": survivors, "flags": report.flags}))
-    partial.replace(state)
+    record = json.dumps({"identity": identity, "survivors": survivors, "flags": report.flags})
+    replace_file(state, lambda partial: partial.write_text(record))
 
 
 def _restore(state: Path | None, identity: str, device: torch.device) -> AutoAttackReport:

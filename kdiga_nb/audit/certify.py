@@ -26,6 +26,7 @@ from kdiga_nb.attacks.checks import check_inputs
 from kdiga_nb.data import Data
 from kdiga_nb.losses import input_gradient, logit_gradients
 from kdiga_nb.measures import Measure
+from kdiga_nb.numerics.folding import affine_matrix
 from kdiga_nb.numerics.scopes import frozen
 
 Layers = list[tuple[Tensor, Tensor]]
@@ -57,11 +58,9 @@ def affine_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> Layers
         probe = torch.rand(4, *image_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         try:
             for group in _between_relus(twin):
-                size = int(torch.tensor(shape).prod())
-                basis = torch.cat([torch.zeros(1, size), torch.eye(size)]).double()
-                image = group(basis.view(-1, *shape))
-                shape, flat = tuple(image.shape[1:]), image.flatten(1)
-                layers.append(((flat[1:] - flat[0]).T.contiguous(), flat[0].clone()))
+                matrix, constant = affine_matrix(group, shape)
+                shape = tuple(constant.shape)
+                layers.append((matrix, constant.flatten()))
             agree = torch.allclose(forward(layers, probe.flatten(1)), twin(probe), rtol=1e-6, atol=1e-8)
         except (RuntimeError, TypeError, IndexError) as error:
             raise ValueError(f"{refused} ({str(error).splitlines()[0]})") from None

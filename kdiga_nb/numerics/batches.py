@@ -1,13 +1,14 @@
-"""Work on tensors batch by batch, with batches that fit into memory."""
+"""Work on tensors in batches that fit into memory."""
 
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.numerics.memory import free_memory, is_out_of_memory, release, trim
+from kdiga_nb.numerics.memory import attempt, free_memory, trim
 from kdiga_nb.numerics.scopes import frozen
 
 log = logging.getLogger("kdiga")
@@ -15,19 +16,18 @@ Results = tuple[Tensor, ...]
 
 
 def batch_that_fits(models: Sequence[nn.Module], x: Tensor, wanted: int, *, copies: int = 1) -> int:
-    """How many of ``wanted`` images (B, C, H, W) may be in one batch while the nets' input gradients are taken.
+    """The largest batch, of at most ``wanted`` images (B, C, H, W), on which the nets' input gradients fit.
 
-    What autograd keeps for an image is counted on the spot, and may take a third of the free memory: the gradients on
-    the way back take about as much again, and other processes want some. On a CPU this has to be known beforehand: a
-    process that takes too much is ended by the system without a word.
+    Budget: a third of the free memory for saved activations. The backward pass needs about as much again, and other
+    processes need some. The prediction matters on a CPU: the system kills a process that takes too much memory.
 
     Args:
-        copies: how often an image enters the batch.
+        copies: how often each image enters the batch.
     """
     wanted = min(wanted, len(x))
     if wanted <= 1:
         return 1
-    kept = _kept_for_backward(models, x[:2]) - _kept_for_backward(models, x[:1])  # without weights, which come once
+    kept = _kept_for_backward(models, x[:2]) - _kept_for_backward(models, x[:1])  # the weights cancel
     if not kept:
         return wanted
     fitting = free_memory(x.device) // (3 * copies * kept)
@@ -41,7 +41,7 @@ def batch_that_fits(models: Sequence[nn.Module], x: Tensor, wanted: int, *, copi
 
 
 def _kept_for_backward(models: Sequence[nn.Module], x: Tensor) -> int:
-    """Bytes that autograd keeps from the nets' forward passes on x until the way back."""
+    """Bytes that autograd saves in the nets' forward passes on x for the backward pass."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def _kept_for_backward(models: Sequence[nn.Module], x: Tensor) -> int:
             stack.enter_context(frozen(model))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             graphs = [model(x.detach().clone().requires_grad_()) for model in models]
-    del graphs  # alive until here, so that no address stands for two tensors
+    del graphs  # kept until here: an address that is freed could be counted as the same tensor
     return sum(kept.values())
 
 
@@ -68,10 +68,10 @@ def in_batches(
     copies: int = 1,
     generator: torch.Generator | None = None,
 ) -> Results:
-    """``work`` on tensors (B, …) batch by batch, its results (B, …) joined.
+    """Apply ``work`` to tensors (B, …) in batches and concatenate its results (B, …).
 
-    Batches are no larger than what ``batch_that_fits`` says of ``models``. One that does not fit all the same is
-    halved, and so are those after it, down to a single image; ``generator`` is then set back to where the batch began.
+    ``batch_that_fits`` bounds the batches if ``models`` are given. When a batch runs out of memory, the batch size is
+    halved, down to a single image, and ``generator`` returns to its state before the batch.
     """
     if models:
         batch_size = batch_that_fits(models, tensors[0], batch_size, copies=copies)
@@ -79,20 +79,14 @@ def in_batches(
     done, total = 0, len(tensors[0])
     while not parts or done < total:
         before = None if generator is None else generator.get_state()
-        failed = False
-        try:
-            parts.append(work(*(tensor[done : done + batch_size] for tensor in tensors)))
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-            failed = True
-        if not failed:
+        part = partial(work, *(tensor[done : done + batch_size] for tensor in tensors))
+        results = part() if batch_size == 1 else attempt(part, tensors[0].device)
+        if results is not None:
+            parts.append(results)
             done += batch_size
             continue
-        # Outside the handler, so that what the failed batch held is free.
         batch_size = (min(batch_size, total - done) + 1) // 2
-        log.warning("out of memory: going on with batches of %d images", batch_size)
-        release(tensors[0].device)
+        log.warning("out of memory: continuing with batches of %d images", batch_size)
         if generator is not None and before is not None:
             generator.set_state(before)
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise
 
 
-def content_hash(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
+def content_hash(tensors: dict[str, Tensor] | Iterable[tuple[str, Tensor]]) -> str:
     """The sha256 of names and values. A mapping is hashed in the order of its names, pairs in their own order."""
-    pairs: Iterable[tuple[str, Tensor]] = sorted(tensors.items()) if isinstance(tensors, Mapping) else tensors
+    pairs: Any = sorted(tensors.items()) if isinstance(tensors, dict) else tensors
     digest = hashlib.sha256()
     for name, tensor in pairs:
         digest.update(name.encode())

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from itertools import groupby
 from typing import Any
@@ -14,14 +15,14 @@ from torch.fx.proxy import TraceError
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 log = logging.getLogger("kdiga")
-# Entries of the matrix of affine layers on small images. Up to FORWARD_LIMIT a product with it beats the layers, up to
-# BACKWARD_LIMIT it beats their way back, and up to STRIDED_LIMIT if a strided convolution is among them.
+# Limits on the number of matrix entries. Up to FORWARD_LIMIT the matrix is faster than the layers, up to BACKWARD_LIMIT
+# it is faster than their backward pass, and up to STRIDED_LIMIT if one of the layers is a strided convolution.
 FORWARD_LIMIT, BACKWARD_LIMIT, STRIDED_LIMIT = 100_000, 2**17, 2**18
 AFFINE = (nn.Conv2d, nn.AvgPool2d, nn.Linear, nn.Flatten, nn.Identity, nn.Dropout)
 
 
 class _MatrixBackward(torch.autograd.Function):
-    """An affine map whose way back is one product with its matrix."""
+    """An affine map whose backward pass is one product with its matrix."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, matrix: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -35,18 +36,29 @@ class _MatrixBackward(torch.autograd.Function):
         return (gradient.flatten(1) @ matrix).view(ctx.shape), None, None
 
 
+def affine_matrix(layers: nn.Module, shape: Sequence[int], device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Affine layers as one matrix (M, K) and constant, in double precision, built from the images of the basis vectors.
+
+    Args:
+        shape: of one input of the layers, K numbers. The constant has the shape of one output, M numbers.
+        device: where the layers are (default: the CPU).
+    """
+    basis = torch.eye(math.prod(shape), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        images = deepcopy(layers).double()(torch.cat([torch.zeros_like(basis[:1]), basis]).view(-1, *shape))
+    flat = images.flatten(1)
+    return (flat[1:] - flat[0]).T.contiguous(), images[0].clone()
+
+
 class _Affine(nn.Module):
-    """Affine layers in a row as one matrix, read off where they send the unit vectors: both ways, or the way back."""
+    """Consecutive affine layers as one matrix, used forward and backward, or backward only."""
 
     def __init__(self, layers: nn.Sequential, shape: torch.Size, like: Tensor, both_ways: bool):
         super().__init__()
-        pixels = math.prod(shape)
-        basis = torch.cat([torch.zeros(1, pixels), torch.eye(pixels)]).to(like.device, torch.float64)
-        with torch.no_grad():
-            image = deepcopy(layers).double()(basis.view(-1, *shape))
-        self.shape, flat = image.shape[1:], image.flatten(1)
-        self.register_buffer("matrix", (flat[1:] - flat[0]).T.to(like.dtype).contiguous(), persistent=False)
-        self.register_buffer("constant", flat[0].to(like.dtype), persistent=False)
+        matrix, constant = affine_matrix(layers, shape, like.device)
+        self.shape = constant.shape
+        self.register_buffer("matrix", matrix.to(like.dtype), persistent=False)
+        self.register_buffer("constant", constant.flatten().to(like.dtype), persistent=False)
         self.layers = None if both_ways else layers
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,11 +73,11 @@ class _Affine(nn.Module):
 
 
 def folded_copy(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Module:
-    """A copy of the net that is only to be evaluated: the same function to rounding, cheaper to attack.
+    """A copy of the net for evaluation: the same function up to rounding, cheaper to attack.
 
-    It is in eval mode and without parameter gradients. Batch normalisation that follows a convolution is folded into
-    it (in a net that torch.fx can trace), and affine layers in a row become a matrix where images are so small that
-    this is quicker. (B, C, H, W) -> (B, N), as the net; first derivatives only.
+    The copy is in eval mode, has no parameter gradients, and gives first derivatives only. Batch normalisation is
+    folded into the convolution before it, if torch.fx can trace the net. Consecutive affine layers become one matrix
+    where images are small enough for the matrix to be faster. (B, C, H, W) -> (B, N).
     """
     copied = deepcopy(model).eval().requires_grad_(False)
     for name, following in _followed_by_normalisation(copied):
@@ -95,16 +107,16 @@ def folded_copy(model: nn.Module, image_shape: tuple[int, int, int]) -> nn.Modul
 
 
 class _Tracer(torch.fx.Tracer):
-    """Takes the layers here for what they are, as it takes PyTorch's."""
+    """A tracer that does not look inside the kit's convolution and normalisation layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.Conv2d | nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _followed_by_normalisation(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of each convolution whose output goes into batch normalisation alone, and of the latter.
+    """Pairs of names: a convolution, and the batch normalisation that is the only user of the convolution's output.
 
-    Both are called once. None of a net whose forward pass depends on values, which cannot be traced.
+    Both layers are called once. A net that cannot be traced has no pairs.
     """
     try:
         graph = _Tracer().trace(model)
@@ -127,7 +139,7 @@ def _followed_by_normalisation(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def _fused_without_gradient(attention: nn.Module, _: Any) -> None:
-    """timm's switch: the fused kernel is the quicker one forward, and on small images the slower one back."""
+    """Use timm's fused attention without gradients only: on small images its backward pass is slower."""
     attention.fused_attn = not torch.is_grad_enabled()  # pyright: ignore[reportArgumentType]
 
 
@@ -139,7 +151,7 @@ Shapes = dict[nn.Module, tuple[torch.Size, torch.Size]]
 
 
 def _as_matrix(layers: tuple[nn.Module, ...], shapes: Shapes, like: Tensor) -> _Affine | None:
-    """The affine layers as a matrix, if that is quicker."""
+    """The affine layers as a matrix; None if the layers are faster."""
     work = [layer for layer in layers if not isinstance(layer, nn.Flatten | nn.Identity | nn.Dropout)]
     if not work or (len(work) == 1 and isinstance(work[0], nn.Linear)) or any(layer not in shapes for layer in layers):
         return None
@@ -151,7 +163,7 @@ def _as_matrix(layers: tuple[nn.Module, ...], shapes: Shapes, like: Tensor) -> _
 
 
 def _shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> Shapes:
-    """Shapes of the input and the output of each layer that takes and gives one tensor, without the batch."""
+    """The shapes of one input and one output of each affine layer, without the batch dimension."""
     shapes: Shapes = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Scopes and devices: evaluation mode, full precision, thread counts, bf16; each restores what it changed."""
+"""Devices, and scopes for evaluation mode, precision and thread counts; each scope restores what it changed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.numerics.memory import keep_pages, return_pages
+from kdiga_nb.numerics.memory import keep_pages
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without parameter gradients inside the block; every module and flag as it was afterwards."""
+    """Evaluation mode without parameter gradients inside the block; afterwards every mode and flag is restored."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -28,9 +28,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision_inference() -> Iterator[None]:
-    """Forward passes inside the block decide what counts as robust: without gradients, and on a GPU in full fp32.
+    """Forward passes inside the block run without gradients and in full fp32: they decide what counts as robust.
 
-    Attacks search in TF32 there, where training does, and what they find is judged here.
+    On a GPU, attacks search in TF32, as training does. The images that attacks return are classified in full fp32.
     """
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
@@ -44,10 +44,10 @@ def full_precision_inference() -> Iterator[None]:
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; ``None`` or "auto" is the GPU where there is one, else the CPU.
+    """The device of that name; ``None`` and "auto" mean the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: the machine has no such device.
     """
     if not isinstance(device, str | torch.device | None):
         raise ValueError(f"device must be a name, got {device!r}")
@@ -63,7 +63,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The net on the device, in the memory order that is fastest there."""
+    """The net moved to the device, in the memory layout that is fastest there."""
     model.to(device)
     if device.type == "cuda":
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
@@ -71,30 +71,34 @@ def placed(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def computing(image_shape: tuple[int, int, int], device: torch.device | None = None) -> Iterator[None]:
-    """How numbers are computed: TF32 on a GPU; on the CPU freed memory at hand, and one thread for the digits.
+def computing(device: torch.device | None = None, *, single_thread: bool = False) -> Iterator[None]:
+    """TF32 on a GPU; on a CPU, freed memory stays with the process, and small data sets use one thread.
 
-    A second thread gives a step of theirs 3 to 20 % (benchmarks/steps.py), a second process, which ``reproduce`` has,
-    far more; and sums that are split over threads differ in their last bits from machine to machine.
+    A second thread makes a step on the digits 3 to 20 % faster (benchmarks/steps.py). A second process, which
+    ``reproduce`` starts, gains far more, and sums split over threads differ in their last bits between machines.
+
+    Args:
+        device: where the nets are (default: the CPU).
+        single_thread: ``Data.single_thread``, ignored on a GPU.
     """
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    on_gpu, tiny = device is not None and device.type == "cuda", image_shape[1] * image_shape[2] <= 64
+    on_gpu = device is not None and device.type == "cuda"
     try:
         if on_gpu:
             torch.set_float32_matmul_precision("high")
         else:
             keep_pages()
-            torch.set_num_threads(1 if tiny else threads)
+            torch.set_num_threads(1 if single_thread else threads)
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
-        if not on_gpu and not tiny:  # the digits' few MB stay: giving them back would cost the explorer's moves
-            return_pages()
+        if not on_gpu and not single_thread:  # returning the digits' few MB would slow the explorer's moves
+            keep_pages(False)
 
 
 class Autocast(nn.Module):
-    """A net whose forward pass, and with it every gradient through it, runs in bf16; its logits are fp32 again."""
+    """A net whose forward pass, and hence every gradient through the net, runs in bf16; logits are cast to fp32."""
 
     def __init__(self, model: nn.Module, device: torch.device):
         super().__init__()

@@ -120,7 +120,7 @@ def measure(
     partial = folder(run) / f"partial-{tag}.json"
     data = load_data(run.dataset)
     # One lock per measurement, so that two measurements of one run do not wait for each other.
-    with _lock(run, tag), computing(data.image_shape, resolve_device(device)):
+    with _lock(run, tag), computing(resolve_device(device), single_thread=data.single_thread):
         cached = measured(run, measure, reference=reference)
         if cached is not None:
             return cached

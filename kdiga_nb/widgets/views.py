@@ -244,7 +244,7 @@ def compute(state: State) -> ViewData:
     Raises:
         StoreError: a net that is needed is in the store, and damaged.
     """
-    with computing(load_data(state.params.dataset).image_shape):
+    with computing(single_thread=load_data(state.params.dataset).single_thread):
         return _COMPUTE[state.view](state)
 
 
