@@ -178,13 +178,7 @@ class Explorer:
             "image": ipw.IntSlider(min=0, max=self._images() - 1, description="image", **_slider()),
             "method": ipw.Dropdown(options=methods, description="method", **_place(WIDE)),
             "dropout": ipw.Checkbox(description="head dropout, in ISD", **_place(WIDE)),
-            "compare": ipw.SelectMultiple(
-                options=methods,
-                rows=5,
-                description="compare with",
-                style={"description_width": "90px"},
-                layout=ipw.Layout(width=WIDE),
-            ),
+            "compare": ipw.SelectMultiple(options=methods, rows=5, description="compare with", **_place(WIDE, "90px")),
         }
 
     def _weights(self) -> list[tuple[str, float]]:
