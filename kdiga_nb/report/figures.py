@@ -12,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdiga_nb.artifacts.recipes import isd_chain
 from kdiga_nb.artifacts.studies import Effect
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found
@@ -41,8 +42,7 @@ def _series(table: pd.DataFrame) -> dict[str, list[str]]:
     series: dict[str, list[str]] = {}
     for row in dict.fromkeys(str(row) for row in table["row"]):
         label = short(str(table.loc[table["row"] == row, "label"].iloc[0]))
-        loop = re.fullmatch(r"(isd_wi?o?t)_\d+", row)
-        series.setdefault(re.sub(r"-\d+$", "", label) if loop else label, []).append(row)
+        series.setdefault(re.sub(r"-\d+$", "", label) if isd_chain(row) else label, []).append(row)
     return series
 
 
