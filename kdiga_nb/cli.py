@@ -57,7 +57,7 @@ def _fail(message: str, status: int = 2) -> typer.Exit:
 
 
 def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
-    """``--set`` options, each known to at least one of the notebooks."""
+    """The ``--set`` options; each must be a setting of at least one of the notebooks."""
     overrides = dict(parse_override(text) for text in texts or [])
     known = sorted({field for name in names for field in model_of(name).model_fields})
     for key in overrides:
@@ -67,7 +67,7 @@ def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
 
 
 def _one_of(option: str, value: str, names: Sequence[str]) -> str:
-    """The value, if it is one of the names; else the command ends."""
+    """The value if it is one of the names; otherwise the command ends."""
     if value not in names:
         raise _fail(f"{option}: must be one of {', '.join(names)}{did_you_mean(value, names)}, got {value!r}")
     return value
@@ -82,13 +82,13 @@ ExecutorOption = Annotated[
 
 
 def _use_data(root: Path | None) -> None:
-    """Through the environment, so that worker processes and notebooks see it too."""
+    """Set the environment variable, which worker processes and notebooks inherit."""
     if root is not None:
         os.environ["KDIGA_DATA"] = str(root.absolute())
 
 
 def _check_sources(todo: list[Job]) -> None:
-    """Fail before anything trains if data or a local checkpoint is not there."""
+    """Fail before anything trains if a data set or a local checkpoint is missing."""
     graph = graph_of(todo)
     sources = {source for job in graph for source in (job.run, job.reference) if source is not None}
     sources |= {s for job in graph for s in (getattr(job.run, "teacher", None), getattr(job.run, "init", None)) if s}
@@ -131,7 +131,7 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
     only: Annotated[list[str] | None, typer.Option(help="Artefacts to make: --only table1, or several.")] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, help="Further artefacts after --only.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one per GPU, or one per core.")] = 0,
     data_: DataOption = None,
     executor: ExecutorOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and do nothing.")] = False,
@@ -152,7 +152,7 @@ def reproduce(
         raise _fail(str(error)) from None
     except ValueError as error:  # two values that are fine alone and impossible together
         raise _fail(f"params/{scale}.yaml: {error}") from None
-    todo = list(dict.fromkeys(job for found in experiments.values() if found for job in found.jobs()))
+    todo = list(dict.fromkeys(job for one in experiments.values() if one for job in one.jobs()))
     if dry_run:
         _print_plan(experiments, todo)
         return
@@ -245,12 +245,12 @@ def train(
         str | None, typer.Option(help="Of which artefact, e.g. table1; the file may say it: `artefact: table1`.")
     ] = None,
     row: Annotated[str | None, typer.Option(help="Only this row, e.g. kdiga.")] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: one per GPU, or one per core.")] = 0,
     data_: DataOption = None,
     executor: ExecutorOption = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the file.")] = None,
 ) -> None:
-    """Train the runs of a parameter file, and what they stand on, without measuring them.
+    """Train the runs of a parameter file, and the runs that those need, without measuring them.
 
     Over several GPUs of a machine, or several machines: torchrun --nproc_per_node N -m kdiga_nb train FILE.
     """
@@ -278,7 +278,7 @@ def train(
 
 
 def _experiment_of(file: Path, artefact: str | None, set_: list[str] | None) -> tuple[str, Experiment]:
-    """The artefact that a parameter file, or the option, names, and its experiment."""
+    """Name and experiment of the artefact that the option, or else the parameter file, names."""
     try:
         artefact = artefact or load_yaml(file, str(file)).get("artefact")
         if artefact is None:
@@ -313,7 +313,7 @@ def params_command(
 
 
 def _source(target: str, model: str | None) -> Checkpoint:
-    """The net that a command line means: a file of weights, or a run of the store by its key."""
+    """The net named on the command line: a file of weights, or the key of a stored run."""
     path = Path(target)
     if path.is_file():
         if model is None:
@@ -336,7 +336,8 @@ def audit(
     target: Annotated[str, typer.Argument(help="A run's key (kdiga runs lists them) or a file of weights.")],
     model: Annotated[str | None, typer.Option(help="Net and data set of a file: digits_small:digits.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Its teacher, say: key or file; images are transferred.")
+        str | None,
+        typer.Option(help="A second net, such as its teacher (key or file), whose adversarial images are tried."),
     ] = None,
     reference_model: Annotated[str | None, typer.Option(help="Net and data set of the reference's file.")] = None,
     epsilon: Annotated[str, typer.Option(help="Radius of the l-inf ball in pixels of [0, 1], e.g. 8/255.")] = "0.1",
@@ -349,29 +350,29 @@ def audit(
         net = _source(target, model)
         other = None if reference is None else _source(reference, reference_model)
         measures = plan(radius, images=images) | {"autoattack": TestAccuracy(AutoAttack(radius), images)}
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         with tqdm(measures, desc="audit", unit="attack", leave=False) as bar:
             for name in bar:
                 bar.set_postfix_str(name)
                 if name == "transfer" and other is None:
                     continue
-                found[name] = measure(net, measures[name], reference=other if name in COMPARES else None)
-                if name == "preconditions" and verdict(found).word == "invalid":
+                results[name] = measure(net, measures[name], reference=other if name in COMPARES else None)
+                if name == "preconditions" and verdict(results).word == "invalid":
                     break
     except (ParameterError, StoreError, ValueError) as error:
         raise _fail(str(error)) from None
-    _print_audit(found, json_)
-    if verdict(found).word == "invalid":
+    _print_audit(results, json_)
+    if verdict(results).word == "invalid":
         raise typer.Exit(1)
 
 
-def _print_audit(found: dict[str, dict[str, Any]], as_json: bool) -> None:
-    says = verdict(found)
+def _print_audit(results: dict[str, dict[str, Any]], as_json: bool) -> None:
+    says = verdict(results)
     alarms = says.faults | says.masking | says.weakness
     if as_json:
-        typer.echo(json.dumps({"verdict": says.word, "alarms": alarms, "results": found}, indent=1))
+        typer.echo(json.dumps({"verdict": says.word, "alarms": alarms, "results": results}, indent=1))
         return
-    for name, result in found.items():
+    for name, result in results.items():
         if "percent" in result:
             typer.echo(
                 f"{name:12} {result['percent']:6.1f} % [{result['low']:.1f}, {result['high']:.1f}], n = {result['n']}"
@@ -387,29 +388,29 @@ def export(
     path: Annotated[Path, typer.Argument(help="Where to, e.g. checkpoints/cifar10/isd_wot_3.safetensors.")],
     epsilon: Annotated[str, typer.Option(help="Radius at which the rounded weights are checked, e.g. 8/255.")] = "0.1",
 ) -> None:
-    """Write a run's weights in half precision with its record beside them, the accuracies checked after rounding."""
+    """Write a run's weights in half precision and its record; accuracies are measured again after rounding."""
     try:
         radius = _radius_of(epsilon)
         checks = {"clean": TestAccuracy(), "pgd20": TestAccuracy(PGD(radius, radius / 10, 20))}
         record = runs_.export(key, path, checks)
     except (ParameterError, StoreError, ValueError) as error:
         raise _fail(str(error)) from None
-    for name, found in record["accuracy"].items():
-        before, after = (found[words]["percent"] for words in ("as trained", "as written"))
-        typer.echo(f"{name}: {before:.2f} % as trained, {after:.2f} % as written, n = {found['as written']['n']}")
+    for name, accuracy in record["accuracy"].items():
+        before, after = (accuracy[words]["percent"] for words in ("as trained", "as written"))
+        typer.echo(f"{name}: {before:.2f} % as trained, {after:.2f} % as written, n = {accuracy['as written']['n']}")
     typer.echo(f"{_shown(path)}: {path.stat().st_size / 1e6:.2f} MB, sha256 {record['sha256']}")
 
 
 @app.command()
 def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """List the run store: finished runs and those under way."""
-    found = list_store()
+    entries = list_store()
     if json_:
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps(entries, indent=1))
         return
-    if not found:
+    if not entries:
         typer.echo(f"no runs in {_shown(paths.runs())}; kdiga reproduce makes them")
-    for entry in found:
+    for entry in entries:
         typer.echo("  ".join([entry["key"], entry["state"], entry["what"], *_so_far(entry)]))
 
 
@@ -432,7 +433,7 @@ def data_command(
     root: DataOption = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch what is missing.")] = False,
 ) -> None:
-    """Say which data sets are there and whole, or fetch them."""
+    """Say which data sets are present and complete, or download them."""
     _use_data(root)
     missing = False
     for name in names or list(data.DATASETS):
@@ -441,8 +442,8 @@ def data_command(
         try:
             if download:
                 data.download(name)
-            found = data.load_data(name)
-            typer.echo(f"{name}: {len(found.train.labels)} training and {len(found.test.labels)} test images")
+            loaded = data.load_data(name)
+            typer.echo(f"{name}: {len(loaded.train.labels)} training and {len(loaded.test.labels)} test images")
         except data.DataError as error:
             missing = True
             typer.echo(str(error), err=True)
@@ -451,7 +452,7 @@ def data_command(
 
 
 def main() -> None:
-    """The console script: log lines go to stderr in one plain form."""
+    """The console script; log lines go to stderr."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     app()
 

@@ -1,4 +1,4 @@
-"""Notebooks through papermill: which there are, running them, and stamps that say whether one is up to date."""
+"""Notebooks: their list, their runs through papermill, and the stamps that say whether a notebook is up to date."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from kdiga_nb.params import ParameterError, WalkthroughParams, at_scale
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import environment, measured
 
-ARTEFACTS = (*EVERY, "walkthrough")  # one notebook each, in reading order
+ARTEFACTS = (*EVERY, "walkthrough")  # one notebook per artefact, in reading order
 
 
 def model_of(name: str) -> type[BaseModel]:
@@ -34,7 +34,7 @@ def model_of(name: str) -> type[BaseModel]:
 def load(scale: str, name: str, overrides: Mapping[str, Any]) -> Experiment | None:
     """The experiment of an artefact at a scale; None for the walkthrough, which has no table.
 
-    Overrides that the artefact has no setting for are left out.
+    Overrides of other artefacts' settings are ignored.
 
     Raises:
         ParameterError: a key or value that cannot be used.
@@ -55,7 +55,7 @@ def _own(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Summary:
-    """What became of the notebooks: run, up to date, or failed and why."""
+    """Names of the notebooks that were run and that were up to date; reasons of those that failed."""
 
     made: list[str]
     cached: list[str]
@@ -65,14 +65,14 @@ class Summary:
 def run_notebooks(
     scale: str, experiments: dict[str, Experiment | None], overrides: dict[str, Any], workers: int, again: bool
 ) -> Summary:
-    """Run each notebook in its own papermill process; one that fails leaves its output and stops no other.
+    """Run each notebook in its own papermill process. A failing notebook leaves its output and stops no other notebook.
 
     Args:
         workers: processes at a time.
         again: also run the notebooks that are up to date.
     """
     home = paths.executed(scale)
-    inputs = {name: _inputs(scale, name, found, overrides) for name, found in experiments.items()}
+    inputs = {name: _inputs(scale, name, experiment, overrides) for name, experiment in experiments.items()}
     cached = [name for name in inputs if not again and _is_current(scale, name, inputs[name])]
     summary = Summary([], cached, {})
     todo = [name for name in inputs if name not in cached]
@@ -104,12 +104,12 @@ def _inputs(scale: str, name: str, experiment: Experiment | None, overrides: dic
 
 def _outputs(scale: str, name: str) -> dict[str, str]:
     """The artefact's files and their sha256."""
-    found = [path for pattern in (f"{name}.*", f"{name}_*.*") for path in paths.figures(scale).glob(pattern)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found)}
+    files = [path for pattern in (f"{name}.*", f"{name}_*.*") for path in paths.figures(scale).glob(pattern)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
 def _is_current(scale: str, name: str, inputs: str) -> bool:
-    """Whether the executed notebook there came from the same inputs and its artefact's files are as it left them."""
+    """Whether the executed notebook has the same inputs and its artefact's files are unchanged since."""
     try:
         executed = nbformat.read(paths.executed(scale) / f"{name}.ipynb", as_version=4)
     except (OSError, ValueError):
@@ -125,7 +125,7 @@ def _stamp(scale: str, name: str, inputs: str) -> None:
 
 
 def _papermill(scale: str, name: str, overrides: dict[str, Any], home: Path) -> str | None:
-    """Run one notebook; the reason if it failed."""
+    """Run one notebook; return the reason if it failed."""
     command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(home / f"{name}.ipynb")]
     parameters = {"scale": scale, "settings": _own(name, overrides)}
     command += ["-y", json.dumps(parameters), "--no-progress-bar", "--no-log-output", "-k", "python3"]

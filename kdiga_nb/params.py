@@ -9,9 +9,9 @@ A setting's meaning, source and allowed values stand once, as a field of a model
 4. single names: those that a notebook's ``parameters`` cell or ``papermill -p`` assigns, those at the top of a file of
    one's own, and ``--set``.
 
-papermill injects whatever it is given: unknown names only cause a warning, and ``1e-3`` and ``8/255`` arrive as
-strings. So every notebook calls ``from_notebook`` in the cell after its ``parameters`` cell, and the command uses
-``read``: a bad value ends in one line that names source, key and what is allowed, before anything trains.
+papermill only warns about unknown names and passes ``1e-3`` and ``8/255`` as strings. Every notebook therefore calls
+``from_notebook`` in the cell after its ``parameters`` cell, and the command calls ``read``. A bad value raises an error
+of one line, with source, key and allowed values, before anything trains.
 """
 
 import ast
@@ -36,7 +36,7 @@ from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS
 
 P = TypeVar("P", bound=BaseModel)
 
-# What the explorer can show, and the nets it can show it of, under the names that a reader sees.
+# The explorer's views and methods, with the names that a reader sees.
 VIEWS = {"lambda": "λ_IGA: the trade-off", "epsilon": "ε: under attack", "loops": "ISD loops", "image": "one image"}
 EXPLORED = {
     "st": "ST, standard training",
@@ -56,7 +56,7 @@ class ParameterError(ValueError):
 
 
 def _number(value: Any) -> Any:
-    """8/255 and 1e-3 as numbers; pydantic judges anything else."""
+    """8/255 and 1e-3 as numbers; pydantic checks any other value."""
     if isinstance(value, bool):
         raise ValueError("must be a number")
     if isinstance(value, str):
@@ -121,15 +121,15 @@ CheckpointText = Annotated[str, BeforeValidator(_checkpoint)]
 
 
 def _knob(description: str, **more: Any) -> Any:
-    """A field with its meaning; without ``default`` every scale's file gives the value."""
+    """A field with its meaning; a field without ``default`` has a value in every scale's file."""
     return Field(description=description, **more)
 
 
 class Params(BaseModel):
-    """What every artefact has: data, nets, training and evaluation. Radii and steps are in pixels of [0, 1]."""
+    """Settings of every artefact: data, nets, training and evaluation. Radii and steps are in pixels of [0, 1]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    section: ClassVar[str] = ""  # of a scale's file: the settings in which this artefact differs
+    section: ClassVar[str] = ""  # the section of a scale's file with this artefact's own settings
 
     scale: Scale = _knob("the file params/<scale>.yaml, and the folder of figures/ that results go to")
     dataset: DatasetName = _knob("images in [0, 1]")
@@ -195,9 +195,9 @@ class Params(BaseModel):
         if not rising or any(not 0 < milestone < self.epochs for milestone in self.milestones):
             raise ValueError(f"milestones: must rise and lie between 0 and epochs = {self.epochs}")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("seeds: each may stand only once")
+            raise ValueError("seeds: each may appear only once")
         if self.selection == "best_on_test" and self.preset != "author_code":
-            raise ValueError("selection: best_on_test is what preset author_code does; choose last or validation")
+            raise ValueError("selection: best_on_test needs preset author_code; choose last or validation")
         return self
 
 
@@ -245,7 +245,7 @@ class Table4Params(IsdParams):
 
 
 class ExploreParams(IsdParams):
-    """The explorer: what is trained and measured for it beside the tables' runs, and where its controls start."""
+    """The explorer: its own trainings and measurements, and the initial values of its controls."""
 
     section: ClassVar[str] = "explore"
     sweep: list[Weight] = _knob("further weights of the alignment, trained on the first seed", default=[0.5, 8.0, 32.0])
@@ -376,7 +376,7 @@ class WalkthroughParams(BaseModel):
 
 def subclasses(model: type[BaseModel]) -> list[type[BaseModel]]:
     """The model and every model derived from it."""
-    return [model, *(found for child in model.__subclasses__() for found in subclasses(child))]
+    return [model, *(derived for child in model.__subclasses__() for derived in subclasses(child))]
 
 
 def models() -> dict[str, type[BaseModel]]:
@@ -403,13 +403,13 @@ def faults(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The line for a key that there is not."""
+    """The message for an unknown key."""
     names = list(known)
     return f"{key}: unknown key{did_you_mean(key, names)}; known are {', '.join(names)}"
 
 
 def build(model: type[P], values: Mapping[str, Any], source: str) -> P:
-    """The parameters, or a ``ParameterError`` whose every line opens with ``source``."""
+    """The parameters, or a ``ParameterError`` whose lines all start with ``source``."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -436,7 +436,7 @@ def at_scale(model: type[P], scale: str, overrides: Mapping[str, Any] | None = N
 def read(model: type[P], path: Path, overrides: Mapping[str, Any] | None = None) -> P:
     """The parameters of a YAML file: ``scale``, ``settings`` and single settings, with ``overrides`` on top.
 
-    A key ``artefact`` is allowed, and left to the command.
+    A key ``artefact`` is allowed and ignored here; the command reads it.
     """
     source = str(path.relative_to(paths.ROOT)) if path.is_relative_to(paths.ROOT) else str(path)
     values = load_yaml(path, source)
@@ -448,7 +448,7 @@ def load_yaml(path: Path, source: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ParameterError: there is none; the line opens with ``source``.
+        ParameterError: there is none; the message starts with ``source``.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -485,9 +485,9 @@ def _scale_file(scale: str) -> dict[str, Any]:
 
 
 def _settings(model: type[BaseModel], settings: Any, source: str) -> dict[str, Any]:
-    """What ``settings``, common ones and sections, say of a model.
+    """The values for a model in ``settings``: the common ones, then those of the model's section.
 
-    A common setting may be one of any artefact; a section holds settings of its own artefact alone.
+    A common setting may belong to any artefact; a section may hold settings of its own artefact only.
     """
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ParameterError(f"{source}: settings: must hold a mapping of names to values")
@@ -550,9 +550,8 @@ _KERNEL_NAMES = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 def from_notebook(model: type[P], namespace: Mapping[str, Any]) -> P:
     """The parameters of a running notebook, from its ``globals()``.
 
-    Only what the ``parameters`` cell and the cell that papermill injects behind it assign is a parameter, so a
-    notebook can be run again in the same kernel. A misspelt name that papermill injected is an unknown key here. None
-    means the scale's value.
+    Parameters are the names that the ``parameters`` cell and papermill's injected cell assign, so a notebook can run
+    again in the same kernel. A misspelt injected name is an unknown key. None means the scale's value.
     """
     values = {name: namespace[name] for name in _assigned(namespace)}
     unknown = [name for name in values if name not in model.model_fields and name != "settings"]
@@ -569,7 +568,7 @@ def _assigned(namespace: Mapping[str, Any]) -> list[str]:
     if starts:
         last = starts[-1]
         return list(dict.fromkeys(cells[last] + (cells[last + 1] if last + 1 < len(cells) else [])))
-    # Outside IPython there is no history: every plain value so far is a parameter.
+    # Outside IPython there is no history: every plain value in the namespace is a parameter.
     plain = bool | int | float | str | list | tuple | dict
     return [
         name

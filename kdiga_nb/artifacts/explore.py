@@ -4,14 +4,16 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from kdiga_nb.artifacts.paper import _radius
 from kdiga_nb.artifacts.recipes import (
+    ISD,
     accuracy_cells,
-    cell_of,
+    isd_label,
+    isd_row,
     isd_wit_runs,
     isd_wot_runs,
     kdiga_students,
     method_of,
+    pgd_cell,
     pgd_training,
     runs_per_seed,
     standard_training,
@@ -19,13 +21,12 @@ from kdiga_nb.artifacts.recipes import (
     training_attack,
 )
 from kdiga_nb.artifacts.table import Cell, Experiment, Nets, PerSeed, Row
-from kdiga_nb.attacks.gradient import evaluation_pgd
-from kdiga_nb.measures import Linearity, TestAccuracy
+from kdiga_nb.measures import Linearity
 from kdiga_nb.methods import ARD, KD, KDIGA_ARD_A, ST, TRADES, Method
 from kdiga_nb.params import EXPLORED, ExploreParams, Params
 from kdiga_nb.runs.graph import Job
 
-CHAINS = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}
+CHAINS = tuple(ISD)
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,16 @@ class Point:
 
 
 def explored(params: ExploreParams, point: Point, *, autoattack: bool = True, radii: bool = True) -> Row:
-    """The row of a point: a run for each of the parameters' seeds; LLM and the further radii on the first of them.
+    """The row of a point: one run per seed; LLM and the further radii are measured on the first seed.
 
     Args:
-        autoattack, radii: whether AutoAttack, and PGD at the further radii, are among the cells.
+        autoattack, radii: whether the row has cells of AutoAttack, and of PGD at the further radii.
     """
     name, label, runs = _explored_runs(params, point)
     linearity = Linearity(params.epsilon, params.llm_images, params.llm_steps)
     cells = [*accuracy_cells(params, runs, autoattack=autoattack), Cell("llm", (Job(runs[0], linearity),), "llm")]
-    for radius in params.radii if radii else ():
-        pgd = evaluation_pgd(radius, params.pgd_steps, params.pgd_restarts)
-        measure = TestAccuracy(pgd, params.test_images or None)
-        cells.append(cell_of(f"pgd{params.pgd_steps}@{_radius(radius)}", runs[:1], measure))
+    if radii:
+        cells += [pgd_cell(params, runs[:1], radius=radius) for radius in params.radii]
     return Row(name, label, runs, tuple(cells))
 
 
@@ -78,9 +77,9 @@ def _explored_runs(params: ExploreParams, point: Point) -> tuple[str, str, PerSe
         "pgd_student": (pgd_training(params), False),
         "trades_student": (TRADES(attack, params.beta), False),
     }
-    way, distilled = trained[method]
+    chosen, distilled = trained[method]
     extra: dict[str, Any] = {"teacher": trades_teacher(params)} if distilled else {}
-    return method, EXPLORED[method], runs_per_seed(params, way, **extra)
+    return method, EXPLORED[method], runs_per_seed(params, chosen, **extra)
 
 
 def _explored_loop(params: ExploreParams, point: Point) -> tuple[str, str, PerSeed]:
@@ -90,17 +89,17 @@ def _explored_loop(params: ExploreParams, point: Point) -> tuple[str, str, PerSe
         chain = isd_wot_runs(params.model_copy(update={"loops": point.loop}), point.dropout)
     else:
         chain = isd_wit_runs(params, point.loop, point.dropout)
-    suffix, words = ("", "") if point.dropout else ("_no_dropout", ", no dropout")
-    return f"{point.method}_{point.loop}{suffix}", f"{CHAINS[point.method]}-{point.loop}{words}", chain[-1]
+    label = isd_label(point.method, point.loop) + ("" if point.dropout else ", no dropout")
+    return isd_row(point.method, point.loop, point.dropout), label, chain[-1]
 
 
 def reference_teacher(params: Params) -> Nets:
-    """The TRADES-trained teacher of each seed: what a net without a teacher of its own is compared to."""
+    """The TRADES teacher of each seed, which a net without its own teacher is compared with."""
     return trades_teacher(params)
 
 
 def explore(params: ExploreParams) -> Experiment:
-    """What the explorer shows at once: nets of Tables 1 and 4, and KDIGA at further weights on the first seed."""
+    """What the explorer shows at the start: nets of Tables 1 and 4; KDIGA at further weights on the first seed."""
     headline = [Point("st"), Point("kd"), Point("kdiga", params.lambda_iga), Point("trades_student")]
     headline += [Point("isd_wot", loop=1), Point("isd_wot", loop=params.loops)]
     further = [Point("ard"), Point("kdiga_ard_a"), Point("pgd_student")]
@@ -114,5 +113,5 @@ def explore(params: ExploreParams) -> Experiment:
     rows += [explored(params, point, radii=False) for point in further]
     rows += [explored(params, point, radii=False, autoattack=False) for point in plain]
     rows += [explored(first, point, radii=False, autoattack=False) for point in sweep]
-    unique = {row.id: row for row in rows}  # with one loop, the first is the last
+    unique = {row.id: row for row in rows}  # of a single loop, the first row is also the last
     return Experiment("explore", "Explore. λ_IGA, ε and loop count by hand", tuple(unique.values()), params)

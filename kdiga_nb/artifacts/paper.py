@@ -1,16 +1,22 @@
-"""TODO"""
+"""Figure 1 and Tables 1 to 6 of the paper, each as an experiment: rows of runs and cells."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from kdiga_nb.artifacts import reported
 from kdiga_nb.artifacts.recipes import (
     accuracy_cells,
     autoattack_cells,
-    cell_of,
+    clean_cell,
+    fast_attack,
+    isd_label,
+    isd_row,
     isd_wit_runs,
     isd_wot_runs,
     method_of,
+    pgd_cell,
     pgd_teacher,
     published_nets,
     runs_per_seed,
@@ -20,9 +26,9 @@ from kdiga_nb.artifacts.recipes import (
     trades_teacher,
     trained_runs,
 )
-from kdiga_nb.artifacts.table import Cell, Experiment, Nets, PerSeed, Row
-from kdiga_nb.attacks.gradient import FGSM, PGD, evaluation_pgd
-from kdiga_nb.measures import Bounds, TestAccuracy
+from kdiga_nb.artifacts.table import Cell, Experiment, Nets, Row
+from kdiga_nb.attacks.gradient import FGSM
+from kdiga_nb.measures import Bounds
 from kdiga_nb.methods import AT, KD, KDIGA, ST, Method
 from kdiga_nb.params import NONE, Table1Params, Table2Params, Table3Params, Table4Params, Table5Params, Table6Params
 from kdiga_nb.runs import checkpoints
@@ -32,13 +38,12 @@ from kdiga_nb.training import Schedule
 
 def table1(params: Table1Params) -> Experiment:
     """Table 1: clean and robust accuracy of every method."""
-    rows = []
+    rows, last_wit = [], isd_row("isd_wit", params.wit_loops)
     for name, (label, runs) in table1_runs(params).items():
-        paper = reported.TABLE1.get(name, {})
-        note = reported.NOTES.get(name, "")
-        if name == f"isd_wit_{params.wit_loops}":
-            paper, note = reported.TABLE1["isd_wit"], reported.NOTES["isd_wit"]
+        # The paper's only ISD-WiT row, which does not say its loop, stands at the last loop.
+        known = "isd_wit" if name == last_wit else name
         cells = accuracy_cells(params, runs) if runs else ()
+        paper, note = reported.TABLE1.get(known, {}), reported.NOTES.get(known, "")
         rows.append(Row(name, label, trained_runs(runs), cells, paper, note))
     return Experiment("table1", "Table 1. Clean and robust accuracy of every method", tuple(rows), params)
 
@@ -51,7 +56,7 @@ def figure1(params: Table1Params) -> Experiment:
 
 
 def table3(params: Table3Params) -> Experiment:
-    """Table 3: the terms of Proposition 2, against the TRADES teacher."""
+    """Table 3: the terms of Proposition 2 for students of the TRADES teacher."""
     runs = table1_runs(params)
     measure = Bounds(params.epsilon, params.bound_images or None, params.llm_steps)
     keys = ["llm_half_eps", "llm_eps", "llm_eps_teacher", "cross_entropy", "cross_entropy_teacher"]
@@ -67,30 +72,29 @@ def table3(params: Table3Params) -> Experiment:
 
 
 def table4(params: Table4Params) -> Experiment:
-    """Table 4: ISD with and without dropout before the last layer; WoT as in the paper, WiT beside it."""
+    """Table 4: ISD with and without dropout before the last layer: ISD-WoT as in the paper, and ISD-WiT."""
     rows = []
-    for suffix, dropout in (("", True), ("_no_dropout", False)):
+    for dropout in (True, False):
         words = "with dropout" if dropout else "without dropout"
         for loop, runs in enumerate(isd_wot_runs(params, dropout), 1):
-            name = f"isd_wot_{loop}{suffix}"
+            name, label = isd_row("isd_wot", loop, dropout), f"{isd_label('isd_wot', loop)}, {words}"
             cells = accuracy_cells(params, runs, autoattack=dropout or loop == params.loops)
-            rows.append(Row(name, f"ISD-WoT-{loop}, {words}", runs, cells, reported.TABLE4.get(name, {})))
+            rows.append(Row(name, label, runs, cells, reported.TABLE4.get(name, {})))
         for loop, runs in enumerate(isd_wit_runs(params, params.wit_loops, dropout), 1):
             cells = accuracy_cells(params, runs, autoattack=dropout)
-            rows.append(Row(f"isd_wit_{loop}{suffix}", f"ISD-WiT-{loop}, {words}", runs, cells))
+            name, label = isd_row("isd_wit", loop, dropout), f"{isd_label('isd_wit', loop)}, {words}"
+            rows.append(Row(name, label, runs, cells))
     return Experiment("table4", "Table 4. Head dropout in iterative self-distillation", tuple(rows), params)
 
 
 def table5(params: Table5Params) -> Experiment:
-    """Table 5: KDIGA+FGSM, beside fast adversarial training of the same net, which the paper does not show."""
+    """Table 5: KDIGA+FGSM; for comparison, fast adversarial training of the same net, which the paper does not show."""
     model = params.fgsm_student
     schedule = replace(
         schedule_of(params, params.fgsm_epochs, learning_rate=params.fgsm_learning_rate, policy="one_cycle"),
         weight_decay=params.fgsm_weight_decay,
     )
-    teacher = trades_teacher(params)
-    # One step of 1.25 ε from a random start is fast adversarial training (Wong et al. 2020).
-    fast = PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
+    teacher, fast = trades_teacher(params), fast_attack(params)
     specs: list[tuple[str, str, Method, bool]] = [
         ("kdiga_fgsm", "teacher → KDIGA+FGSM", method_of(params, KDIGA, attack=FGSM(params.train_epsilon)), True),
         ("kdiga_fgsm_random", "teacher → KDIGA+FGSM, random start", method_of(params, KDIGA, attack=fast), True),
@@ -106,120 +110,82 @@ def table5(params: Table5Params) -> Experiment:
     return Experiment("table5", "Table 5. KDIGA+FGSM under AutoAttack", tuple(rows), params)
 
 
-def _vit_schedule(params: Table2Params) -> Schedule:
-    return _for_vit(params, schedule_of(params, params.vit_epochs, learning_rate=params.vit_learning_rate))
+def _students_and_teachers(params: Table2Params) -> dict[str, tuple[str, Nets, Nets]]:
+    """Rows of Tables 2 and 6: id -> label, students, teachers. A row that the scale does not run has no nets."""
+    small, kd, kdiga = params.student, method_of(params, KD), method_of(params, KDIGA)
 
+    def transformer_schedule(epochs: int, learning_rate: float) -> Schedule:
+        schedule = schedule_of(params, epochs, learning_rate=learning_rate)
+        return replace(schedule, optimizer=params.vit_optimizer, weight_decay=params.vit_weight_decay)
 
-def _for_vit(params: Table2Params, schedule: Schedule) -> Schedule:
-    return replace(schedule, optimizer=params.vit_optimizer, weight_decay=params.vit_weight_decay)
+    def distilled(teachers: Nets, name: str, method: Method, student: str) -> tuple[str, Nets, Nets]:
+        label = f"{name} → {type(method).__name__} → {student}"
+        return label, runs_per_seed(params, method, student, teacher=teachers) if teachers else (), teachers
 
+    def published_teacher(net: str, words: str) -> tuple[str, Nets, Nets]:
+        teachers = () if net == NONE else published_nets(params, f"timm:{checkpoints.PUBLISHED}", net)
+        return distilled(teachers, f"{words if net == NONE else net} (ST)", kdiga, small)
 
-def _table2_runs(params: Table2Params) -> dict[str, tuple[str, Nets, Nets]]:
-    """Row id -> label, students, teachers. Rows of the paper's table without a stand-in are missing."""
-    small, medium, large, wide = params.student, params.student_medium, params.student_large, params.teacher
     if params.vit_checkpoint:
         vit = published_nets(params, params.vit_checkpoint, params.vit)
     else:
-        vit = runs_per_seed(params, ST(), params.vit, schedule=_vit_schedule(params))
+        scratch = transformer_schedule(params.vit_epochs, params.vit_learning_rate)
+        vit = runs_per_seed(params, ST(), params.vit, schedule=scratch)
     if params.teacher_checkpoint:
         robust = published_nets(params, params.teacher_checkpoint, params.teacher)
     else:
         robust = pgd_teacher(params)
-    kd, kdiga = method_of(params, KD), method_of(params, KDIGA)
-    finetune = schedule_of(params, params.finetune_epochs, learning_rate=params.finetune_learning_rate)
-    finetune = _for_vit(params, finetune)
-
-    def students(method: Method, teacher: Nets, model: str) -> PerSeed:
-        return runs_per_seed(params, method, model, teacher=teacher)
-
     vit_kdiga = method_of(params, KDIGA, lambda_iga=params.vit_lambda_iga)
+    finetune = transformer_schedule(params.finetune_epochs, params.finetune_learning_rate)
     tuned = runs_per_seed(params, vit_kdiga, params.vit, schedule=finetune, teacher=robust, init=vit)
-    rows: dict[str, tuple[str, Nets, Nets]] = {
+    st, at = f"{params.vit} (ST)", f"{params.teacher} (AT)"
+    return {
         "st_cnn": (f"{small} (ST)", standard_training(params), ()),
-        "st_vit": (f"{params.vit} (ST)", tuple(dict.fromkeys(vit)), ()),
-        "kd_vit_to_cnn": (f"{params.vit} (ST) → KD → {small}", students(kd, vit, small), vit),
-        "kdiga_vit_to_cnn": (f"{params.vit} (ST) → KDIGA → {small}", students(kdiga, vit, small), vit),
-        "kd_cnn_to_cnn": (f"{wide} (AT) → KD → {small}", students(kd, robust, small), robust),
-        "kdiga_cnn_to_cnn": (f"{wide} (AT) → KDIGA → {small}", students(kdiga, robust, small), robust),
-        "kdiga_cnn_to_medium": (f"{wide} (AT) → KDIGA → {medium}", students(kdiga, robust, medium), robust),
-        "kdiga_cnn_to_wide": (f"{wide} (AT) → KDIGA → {wide}", students(kdiga, robust, wide), robust),
-        "kdiga_cnn_to_large": (f"{wide} (AT) → KDIGA → {large}", students(kdiga, robust, large), robust),
-        "kdiga_finetune_cnn_to_vit": (f"{wide} (AT) → KDIGA, fine-tuned → {params.vit}", tuned, robust),
+        "st_vit": (st, vit, ()),
+        "kd_vit_to_cnn": distilled(vit, st, kd, small),
+        "kdiga_vit_to_cnn": distilled(vit, st, kdiga, small),
+        "kdiga_vit_base_to_cnn": published_teacher(params.vit_base, "larger ViT"),
+        "kdiga_vit_large_to_cnn": published_teacher(params.vit_large, "largest ViT"),
+        "kdiga_deit_to_cnn": published_teacher(params.deit, "distilled ViT"),
+        "kd_cnn_to_cnn": distilled(robust, at, kd, small),
+        "kdiga_cnn_to_cnn": distilled(robust, at, kdiga, small),
+        "kdiga_cnn_to_medium": distilled(robust, at, kdiga, params.student_medium),
+        "kdiga_cnn_to_wide": distilled(robust, at, kdiga, params.teacher),
+        "kdiga_cnn_to_large": distilled(robust, at, kdiga, params.student_large),
+        "kdiga_finetune_cnn_to_vit": (f"{at} → KDIGA, fine-tuned → {st}", tuned, robust),
     }
-    for name, net in (("vit_base", params.vit_base), ("vit_large", params.vit_large), ("deit", params.deit)):
-        if net != NONE:
-            teachers = published_nets(params, f"timm:{checkpoints.PUBLISHED}", net)
-            row = f"kdiga_{name}_to_cnn"
-            rows[row] = (f"{net} (ST) → KDIGA → {small}", students(kdiga, teachers, small), teachers)
-    return rows
 
 
-# Labels of the rows that a scale does not run: the nets are the paper's.
-_NOT_RUN = {
-    "kdiga_vit_base_to_cnn": "ViT-B/16 (ST) → KDIGA → ResNet-18",
-    "kdiga_vit_large_to_cnn": "ViT-L/16 (ST) → KDIGA → ResNet-18",
-    "kdiga_deit_to_cnn": "DeiT-S/16 (ST) → KDIGA → ResNet-18",
-}
-
-
-def _radius(radius: float) -> str:
-    return f"{radius:g}"
-
-
-def _paper_at(row: dict[str, float], paper_radii: tuple[str, ...], radii: list[float]) -> dict[str, float]:
-    """The paper's numbers under our metric names: at its own radii, else from the largest down beside ours."""
-    ours = [_radius(r) for r in sorted(radii, reverse=True)]
-    renamed = dict(zip(reversed(paper_radii), ours, strict=False))
-    if set(paper_radii) <= set(ours):
-        renamed = {radius: radius for radius in paper_radii}
-    result = {}
-    for metric, value in row.items():
-        name, separator, radius = metric.partition("@")
-        if not separator or radius in renamed:
-            result[f"{name}@{renamed[radius]}" if separator else name] = value
-    return result
+def _student_and_teacher_rows(
+    params: Table2Params, paper: dict[str, dict[str, float]], cells: Callable[[Nets, str], tuple[Cell, ...]]
+) -> tuple[Row, ...]:
+    """One row per entry of ``paper``; ``cells`` takes nets and the prefix of their metrics."""
+    nets = _students_and_teachers(params)
+    rows = []
+    for name, numbers in paper.items():
+        label, students, teachers = nets[name]
+        measured = (*(cells(students, "") if students else ()), *(cells(teachers, "teacher_") if teachers else ()))
+        reported_here = reported.at_radii(numbers, params.radii)
+        rows.append(Row(name, label, trained_runs(students), measured, reported_here, reported.NOTES.get(name, "")))
+    return tuple(rows)
 
 
 def table2(params: Table2Params) -> Experiment:
-    """Table 2: distillation between CNNs and vision transformers, PGD at several radii; teachers in brackets."""
-    images = params.test_images or None
+    """Table 2: distillation between CNNs and vision transformers, students and teachers under PGD at several radii."""
 
-    def cells(runs: Nets, prefix: str = "") -> tuple[Cell, ...]:
-        found = [cell_of(f"{prefix}clean", runs, TestAccuracy(None, images))]
-        for radius in params.radii:
-            pgd = evaluation_pgd(radius, params.pgd_steps, params.pgd_restarts)
-            found.append(cell_of(f"{prefix}pgd{params.pgd_steps}@{_radius(radius)}", runs, TestAccuracy(pgd, images)))
-        return tuple(found)
+    def cells(nets: Nets, prefix: str) -> tuple[Cell, ...]:
+        return (clean_cell(params, nets, prefix), *(pgd_cell(params, nets, prefix, radius) for radius in params.radii))
 
-    rows, runs = [], _table2_runs(params)
-    for name, numbers in reported.TABLE2.items():
-        paper = _paper_at(numbers, ("0.001", "0.01"), params.radii)
-        note = reported.NOTES.get(name, "")
-        if name in runs:
-            label, students, teachers = runs[name]
-            measured = cells(students) + (cells(teachers, "teacher_") if teachers else ())
-            rows.append(Row(name, label, trained_runs(students), measured, paper, note=note))
-        else:
-            rows.append(Row(name, _NOT_RUN[name], reported=paper, note=note))
-    return Experiment("table2", "Table 2. Between CNNs and vision transformers", tuple(rows), params)
+    rows = _student_and_teacher_rows(params, reported.TABLE2, cells)
+    return Experiment("table2", "Table 2. Between CNNs and vision transformers", rows, params)
 
 
 def table6(params: Table6Params) -> Experiment:
-    """Table 6: nets of Table 2 under AutoAttack at several radii; teachers in brackets."""
-    rows, runs = [], _table2_runs(params)
-    images = params.test_images or None
-    for name, numbers in reported.TABLE6.items():
-        paper = _paper_at(numbers, reported.TABLE6_RADII, params.radii)
-        note = reported.NOTES.get(name, "")
-        if name not in runs:
-            rows.append(Row(name, _NOT_RUN[name], reported=paper, note=note))
-            continue
-        label, students, teachers = runs[name]
-        measured: tuple[Cell, ...] = ()
-        for nets, prefix in ((students, ""), (teachers, "teacher_")):
-            if nets:
-                measured += (cell_of(f"{prefix}clean", nets, TestAccuracy(None, images)),)
-                for radius in params.radii:
-                    measured += autoattack_cells(params, nets, radius, f"{prefix}autoattack@{_radius(radius)}")
-        rows.append(Row(name, label, trained_runs(students), measured, paper, note=note))
-    return Experiment("table6", "Table 6. Between CNNs and vision transformers, under AutoAttack", tuple(rows), params)
+    """Table 6: nets of Table 2, students and teachers under AutoAttack at several radii."""
+
+    def cells(nets: Nets, prefix: str) -> tuple[Cell, ...]:
+        attacked = [autoattack_cells(params, nets, radius, f"{prefix}autoattack@{radius:g}") for radius in params.radii]
+        return (clean_cell(params, nets, prefix), *chain.from_iterable(attacked))
+
+    rows = _student_and_teacher_rows(params, reported.TABLE6, cells)
+    return Experiment("table6", "Table 6. Between CNNs and vision transformers, under AutoAttack", rows, params)

@@ -23,7 +23,7 @@ def schedule_of(
     policy: str | None = None,
     trainable: str = "all",
 ) -> Schedule:
-    """The schedule of the parameters, with what is given here in place of their values."""
+    """The schedule of the parameters; an argument replaces the value of the parameters."""
     epochs = epochs or params.epochs
     selection = "best_on_test" if params.preset == "author_code" else params.selection
     return Schedule(
@@ -59,14 +59,22 @@ def method_of(params: Params, method: type[Method], **fields: Any) -> Method:
 
 
 def training_attack(params: Params, steps: int | None = None) -> PGD:
-    """Adversarial training's attack: unless a step size is given, steps of ε/3 or longer, so that the last iterate can
-    reach the ball's surface."""
+    """The attack of adversarial training.
+
+    Without a given step size a step is ε/3, or longer if there are fewer than three, so that the last iterate can reach
+    the surface of the ball.
+    """
     steps = steps or params.train_steps
     return PGD(params.train_epsilon, params.train_step_size or params.train_epsilon / min(steps, 3), steps)
 
 
+def fast_attack(params: Params) -> PGD:
+    """The attack of fast adversarial training (Wong et al. 2020): one step of 1.25 ε from a random start."""
+    return PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
+
+
 def runs_per_seed(params: Params, method: Method, model: str | None = None, **changes: Any) -> PerSeed:
-    """The same training for every seed. Teachers and starting points in ``changes`` are per seed themselves."""
+    """The same training for every seed; a tuple in ``changes`` (teachers, starting points) holds one value per seed."""
     model = model or params.student
     schedule = changes.pop("schedule", None) or schedule_of(params)
     per_seed = {name: value for name, value in changes.items() if isinstance(value, tuple)}
@@ -90,7 +98,7 @@ def standard_training(params: Params, model: str | None = None) -> PerSeed:
 
 
 def published_nets(params: Params, text: str, net: str) -> Nets:
-    """Published weights in the place of a training; the same for every seed."""
+    """Published weights instead of trained ones; the same for every seed."""
     return (checkpoints.parse(text, f"{net}:{params.dataset}"),) * len(params.seeds)
 
 
@@ -117,19 +125,26 @@ def pgd_training(params: Params) -> AT:
     return AT(training_attack(params, params.at_steps))
 
 
-def accuracy_cells(params: Params, runs: Nets, prefix: str = "", autoattack: bool = True) -> tuple[Cell, ...]:
-    """Clean accuracy, PGD of the paper's step 2ε/steps, and AutoAttack where it is asked for."""
-    images = params.test_images or None
-    pgd = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts)
-    cells = [
-        cell_of(f"{prefix}clean", runs, TestAccuracy(None, images)),
-        cell_of(f"{prefix}pgd{params.pgd_steps}", runs, TestAccuracy(pgd, images)),
-    ]
-    return (*cells, *(autoattack_cells(params, runs, params.epsilon, f"{prefix}autoattack") if autoattack else ()))
+def accuracy_cells(params: Params, runs: Nets, autoattack: bool = True) -> tuple[Cell, ...]:
+    """Clean accuracy, PGD at ``epsilon`` and, unless switched off, AutoAttack."""
+    cells = clean_cell(params, runs), pgd_cell(params, runs)
+    return (*cells, *(autoattack_cells(params, runs, params.epsilon, "autoattack") if autoattack else ()))
+
+
+def clean_cell(params: Params, runs: Nets, prefix: str = "") -> Cell:
+    """Accuracy without an attack."""
+    return cell_of(f"{prefix}clean", runs, TestAccuracy(None, params.test_images or None))
+
+
+def pgd_cell(params: Params, runs: Nets, prefix: str = "", radius: float | None = None) -> Cell:
+    """Accuracy under the evaluation PGD, at ``epsilon`` or at a further radius, which the metric then names."""
+    name = f"{prefix}pgd{params.pgd_steps}" + ("" if radius is None else f"@{radius:g}")
+    pgd = evaluation_pgd(params.epsilon if radius is None else radius, params.pgd_steps, params.pgd_restarts)
+    return cell_of(name, runs, TestAccuracy(pgd, params.test_images or None))
 
 
 def autoattack_cells(params: Params, runs: Nets, epsilon: float, metric: str) -> tuple[Cell, ...]:
-    """AutoAttack on the first ``autoattack_seeds`` runs; no cell where it is switched off."""
+    """AutoAttack on the first ``autoattack_seeds`` runs; no cell if no images or no seeds are set."""
     if not params.autoattack_images or not params.autoattack_seeds:
         return ()
     measure = TestAccuracy(AutoAttack(epsilon), params.autoattack_images)
@@ -144,6 +159,25 @@ def trained_runs(nets: Nets) -> PerSeed:
 def cell_of(metric: str, runs: Nets, measure: Measure) -> Cell:
     """A cell with one job per distinct net."""
     return Cell(metric, tuple(Job(run, measure) for run in dict.fromkeys(runs)))
+
+
+ISD = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}  # chain -> name that a reader sees
+
+
+def isd_row(chain: str, loop: int, dropout: bool = True) -> str:
+    """The row id of a loop of a chain of ``ISD``."""
+    return f"{chain}_{loop}" + ("" if dropout else "_no_dropout")
+
+
+def isd_label(chain: str, loop: int) -> str:
+    """The name of a loop that a reader sees."""
+    return f"{ISD[chain]}-{loop}"
+
+
+def isd_chain(row: str) -> str | None:
+    """The chain of a row id of a loop with dropout; None for any other row."""
+    chain, _, loop = row.rpartition("_")
+    return chain if chain in ISD and loop.isdigit() else None
 
 
 def isd_wot_runs(params: IsdParams, dropout: bool, method: Method | None = None) -> list[PerSeed]:
@@ -172,7 +206,7 @@ def isd_wit_runs(params: IsdParams, loops: int, dropout: bool) -> list[PerSeed]:
 
 
 def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
-    """Row id -> label and runs."""
+    """The nets of Table 1: row id -> label and runs; a row that the scale does not run has no runs."""
     attack = training_attack(params)
     teacher = trades_teacher(params)
     wide, small = params.teacher, params.student
@@ -191,7 +225,7 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         rows[name] = (f"{kind} teacher of {source} → IGAM → {wide}", igam_students(params, teachers))
     rows |= {
         "pgd_teacher": (f"{wide} (PGD-{params.at_steps} AT)", pgd_teacher(params)),
-        "trades_teacher": (f"{wide} (TRADES), the teacher", tuple(dict.fromkeys(teacher))),
+        "trades_teacher": (f"{wide} (TRADES), the teacher", teacher),
         "pgd_student": (f"{small} (PGD-{params.at_steps} AT)", runs_per_seed(params, pgd_training(params))),
         "trades_student": (f"{small} (TRADES)", runs_per_seed(params, TRADES(attack, params.beta))),
         "kdiga": ("TRADES teacher → KDIGA → student", kdiga_students(params)),
@@ -205,9 +239,9 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         ),
     }
     for loop, runs in enumerate(isd_wit_runs(params, params.wit_loops, dropout=True), 1):
-        rows[f"isd_wit_{loop}"] = (f"TRADES teacher → ISD-WiT-{loop}", runs)
+        rows[isd_row("isd_wit", loop)] = (f"TRADES teacher → {isd_label('isd_wit', loop)}", runs)
     for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
-        rows[f"isd_wot_{loop}"] = (f"ISD-WoT-{loop}", runs)
+        rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     return rows
 
 
@@ -217,7 +251,7 @@ def kdiga_students(params: Params) -> PerSeed:
 
 
 def igam_sources(params: Table1Params, row: str, source: str) -> Nets:
-    """IGAM's teachers: adversarially trained on another task, MNIST's by its own net and radius, or published."""
+    """IGAM's teachers, adversarially trained on another task or published; MNIST's has its own net and radius."""
     if row == "igam_mnist" and params.source_mnist_checkpoint:
         text = params.source_mnist_checkpoint
         return (checkpoints.parse(text, f"{params.source_mnist_net}:{source}"),) * len(params.seeds)
@@ -230,7 +264,7 @@ def igam_sources(params: Table1Params, row: str, source: str) -> Nets:
 
 
 def igam_students(params: Table1Params, sources: Nets) -> PerSeed:
-    """IGAM: a robust net of another task, its last layer fine-tuned on this one, then gradients matched."""
+    """IGAM: fine-tune the last layer of a robust net of another task, then match its input gradients."""
     if not sources:
         return ()
     net = sources[0].model.partition(":")[0] if sources[0].model else params.teacher

@@ -1,7 +1,7 @@
 """The paper's numbers, as data: per cent for accuracies, nats for losses.
 
-Metrics that the paper gives at several radii carry the radius ("pgd40@0.01"). What the text of the paper leaves open is
-said in ``NOTES``. Nothing here was measured by this kit.
+A metric that the paper gives at several radii carries the radius ("pgd40@0.01"). ``NOTES`` says what the paper leaves
+open. This kit measured none of these numbers.
 """
 
 TABLE1: dict[str, dict[str, float]] = {
@@ -72,14 +72,13 @@ TABLE4: dict[str, dict[str, float]] = {
     "isd_wot_3_no_dropout": {"pgd20": 41.11},
 }
 TABLE5: dict[str, dict[str, float]] = {"kdiga_fgsm": {"clean": 75.54, "autoattack": 41.00}}
-TABLE6_RADII = ("0.001", "0.003", "0.005", "0.01")
 
 
 def _table6(clean: float, student: tuple[float, ...], *teacher: float) -> dict[str, float]:
-    row = {"clean": clean} | {f"autoattack@{r}": v for r, v in zip(TABLE6_RADII, student, strict=True)}
+    metrics = ["clean", *(f"autoattack@{radius}" for radius in ("0.001", "0.003", "0.005", "0.01"))]
+    row = dict(zip(metrics, (clean, *student), strict=True))
     if teacher:
-        names = ["teacher_clean", *(f"teacher_autoattack@{r}" for r in TABLE6_RADII)]
-        row |= dict(zip(names, teacher, strict=True))
+        row |= dict(zip((f"teacher_{metric}" for metric in metrics), teacher, strict=True))
     return row
 
 
@@ -100,3 +99,22 @@ NOTES: dict[str, str] = {
     "kdiga_deit_to_cnn": "DeiT-S/16 is at 77.7 % clean in Table 2 and at 80.1 % in Table 6.",
     "ard": "ARD's authors report about 50 % robust accuracy for this net; the paper holds it above 90 % clean.",
 }
+
+
+def at_radii(numbers: dict[str, float], radii: list[float]) -> dict[str, float]:
+    """The paper's numbers under the metric names of a scale that measures at ``radii``.
+
+    A scale that has all radii of the paper keeps them. At any other scale the paper's largest radius takes the name of
+    the scale's largest, and so on down; numbers at radii without a counterpart are left out.
+    """
+    ours = [f"{radius:g}" for radius in sorted(radii, reverse=True)]
+    theirs = sorted({metric.partition("@")[2] for metric in numbers if "@" in metric}, key=float, reverse=True)
+    renamed = dict(zip(theirs, theirs if set(theirs) <= set(ours) else ours, strict=False))
+    result = {}
+    for metric, value in numbers.items():
+        name, _, radius = metric.partition("@")
+        if not radius:
+            result[name] = value
+        elif radius in renamed:
+            result[f"{name}@{renamed[radius]}"] = value
+    return result

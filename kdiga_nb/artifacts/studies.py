@@ -1,7 +1,7 @@
-"""What the paper lacks, as experiments: the audit, ISD under AutoAttack, both propositions, ablations, the Pareto plot.
+"""Studies that the paper lacks: the audit, ISD under AutoAttack, both propositions, ablations, the Pareto plot.
 
-Built like the tables of ``artifacts``, from the same runs wherever those exist: a row a net, a cell a measured number.
-``EVERY`` is the list of all artefacts, the paper's tables first; the command and the tests take their names from it.
+Each study is an experiment like a table of the paper: one row per net, one cell per measured number. A net that a table
+trains is the same run here.
 """
 
 import math
@@ -15,6 +15,10 @@ from kdiga_nb.artifacts.recipes import (
     accuracy_cells,
     autoattack_cells,
     cell_of,
+    fast_attack,
+    isd_chain,
+    isd_label,
+    isd_row,
     isd_wot_runs,
     method_of,
     runs_per_seed,
@@ -27,7 +31,7 @@ from kdiga_nb.artifacts.recipes import (
 )
 from kdiga_nb.artifacts.table import Cell, Experiment, Nets, PerSeed, Row
 from kdiga_nb.attacks.autoattack import AutoAttack
-from kdiga_nb.attacks.gradient import FGSM, PGD, evaluation_pgd
+from kdiga_nb.attacks.gradient import FGSM, evaluation_pgd
 from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.audit.certify import CertifiedRadius
 from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
@@ -46,7 +50,8 @@ ARD_TEMPERATURE = 30.0  # that of ARD's own authors, with λ_CE = 0
 LAMBDA_LEVELS, TEMPERATURE_LEVELS, DROPOUT_LEVELS = (0.1, 1.0), (1.0, 4.0), (0.0, 0.5)
 
 
-def _against(metric: str, runs: Nets, measure: Measure, references: Nets, key: str = "percent") -> Cell:
+def _compared(metric: str, runs: Nets, measure: Measure, references: Nets, key: str) -> Cell:
+    """A cell whose measure compares the net of each seed with a reference."""
     return Cell(metric, tuple(Job(run, measure, other) for run, other in zip(runs, references, strict=False)), key)
 
 
@@ -72,18 +77,17 @@ def _audited(params: AuditParams) -> dict[str, tuple[str, Source]]:
 
 
 def audit_jobs(params: AuditParams, net: Source) -> dict[str, Job]:
-    """Every measurement of one net's audit by the name that the rules know it by, AutoAttack's with it."""
+    """Every measurement of one net's audit, AutoAttack included, under the names that the audit's rules use."""
     runs = table1_runs(params)
     teacher = runs["trades_teacher"][1][0]
     jobs = {
         name: Job(net, measure, teacher if name in COMPARES else None) for name, measure in audit_plan(params).items()
     }
     transfer = jobs.pop("transfer").measure
-    # The teacher, the net that self-distillation starts from, an adversarially trained net of the same architecture.
     sources = {
         "teacher": teacher,
-        "earlier_loop": runs["st"][1][0],
-        "adversarially_trained": runs["pgd_student"][1][0],
+        "earlier_loop": runs["st"][1][0],  # self-distillation starts from this net
+        "adversarially_trained": runs["pgd_student"][1][0],  # has the student's architecture
     }
     jobs |= {f"transfer_from_{name}": Job(net, transfer, run) for name, run in sources.items() if run != net}
     if params.autoattack_images:
@@ -105,7 +109,7 @@ def _audit_cells(jobs: dict[str, Job]) -> tuple[Cell, ...]:
 
 
 def robustness_audit(params: AuditParams) -> Experiment:
-    """The audit of ST, KD, KDIGA, the best loop of ISD-WoT and a TRADES-trained net of the same architecture."""
+    """The audit of ST, KD, KDIGA, ISD-WoT-1 and a TRADES-trained net of the same architecture."""
     rows = [
         Row(name, label, trained_runs((net,)), _audit_cells(audit_jobs(params, net)))
         for name, (label, net) in _audited(params).items()
@@ -114,28 +118,32 @@ def robustness_audit(params: AuditParams) -> Experiment:
 
 
 def findings(params: AuditParams, row: Row) -> Found:
-    """What the store has of a row's audit, by the names that ``audit.verdict`` knows."""
+    """The stored results of a row's audit, under the names that ``audit.verdict`` uses."""
     jobs = audit_jobs(params, row.runs[0])
-    found = {name: measured(job.run, job.measure, reference=job.reference) for name, job in jobs.items() if job.measure}
-    return {name: result for name, result in found.items() if result is not None}
+    stored = {n: measured(job.run, job.measure, reference=job.reference) for n, job in jobs.items() if job.measure}
+    return {name: result for name, result in stored.items() if result is not None}
 
 
 def _self_distilled(params: IsdAutoAttackParams, method: Method) -> PerSeed:
-    """One loop like ISD-WoT-1 with dropout, by another method: what a loop gives without the alignment."""
+    """ISD-WoT-1 with dropout, but trained by another method: the effect of a loop without the alignment."""
     (runs,) = isd_wot_runs(params.model_copy(update={"loops": 1}), dropout=True, method=method)
     return runs if method.needs_teacher else tuple(replace(run, teacher=None) for run in runs)
 
 
 def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
-    """ISD loop by loop under stronger attacks, with and without dropout, and what a loop gives without alignment."""
+    """ISD loop by loop under stronger attacks, with and without dropout; controls: one loop without alignment."""
     table = table1_runs(params)
     chosen: dict[str, tuple[str, Nets]] = {"st": ("loop 0: student (ST)", table["st"][1])}
-    for loop in range(1, params.loops + 1):
-        chosen[f"isd_wot_{loop}"] = (f"ISD-WoT-{loop}", table[f"isd_wot_{loop}"][1])
+
+    def choose(chain: str, loops: int) -> None:
+        for loop in range(1, loops + 1):
+            row = isd_row(chain, loop)
+            chosen[row] = (isd_label(chain, loop), table[row][1])
+
+    choose("isd_wot", params.loops)
     for loop, runs in enumerate(isd_wot_runs(params, dropout=False)[: params.loops_without_dropout], 1):
-        chosen[f"isd_wot_{loop}_no_dropout"] = (f"ISD-WoT-{loop}, without dropout", runs)
-    for loop in range(1, params.wit_loops + 1):
-        chosen[f"isd_wit_{loop}"] = (f"ISD-WiT-{loop}", table[f"isd_wit_{loop}"][1])
+        chosen[isd_row("isd_wot", loop, dropout=False)] = (f"{isd_label('isd_wot', loop)}, without dropout", runs)
+    choose("isd_wit", params.wit_loops)
     kd = method_of(params, KD)
     chosen["self_kd"] = ("loop 1 by KD: dropout, no alignment", _self_distilled(params, kd))
     chosen["self_st"] = ("loop 1 by ST: dropout, no teacher", _self_distilled(params, ST()))
@@ -146,18 +154,18 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     rows = []
     for name, (label, runs) in chosen.items():
         cells = (
-            *accuracy_cells(params, runs, autoattack=not name.startswith("self") and "no_dropout" not in name),
+            *accuracy_cells(params, runs, autoattack=name == "st" or isd_chain(name) is not None),
             cell_of("apgd", runs, apgd),
             cell_of(f"pgd{params.long_steps}", runs[: params.autoattack_seeds], long),
-            _against("gradient_norm", runs, gradients, table["st"][1], "norm"),
-            _against("cosine_to_loop_0", runs, gradients, table["st"][1], "cosine"),
+            _compared("gradient_norm", runs, gradients, table["st"][1], "norm"),
+            _compared("cosine_to_loop_0", runs, gradients, table["st"][1], "cosine"),
         )
         rows.append(Row(name, label, trained_runs(runs), cells))
     return Experiment("isd_autoattack", "Iterative self-distillation under AutoAttack", tuple(rows), params)
 
 
 def prop1_certified(params: Prop1Params) -> Experiment:
-    """Proposition 1: certified radii of students and teacher, the loss's gradient aligned or all logits'."""
+    """Proposition 1: certified radii of a teacher and its students; the gradient of the loss or of all logits aligned."""
     schedule = schedule_of(params, params.certified_epochs)
     small, attack = CERTIFIED_STUDENT, training_attack(params)
     teacher = runs_per_seed(params, TRADES(attack, params.beta), CERTIFIED_TEACHER, schedule=schedule)
@@ -181,13 +189,13 @@ def prop1_certified(params: Prop1Params) -> Experiment:
     keys += ["distance_loss", "distance_logits"]
     rows = []
     for name, (label, runs) in nets.items():
-        cells = tuple(_against(key, runs, measure, teacher, key) for key in keys)
+        cells = tuple(_compared(key, runs, measure, teacher, key) for key in keys)
         rows.append(Row(name, label, trained_runs(runs), (*accuracy_cells(params, runs, autoattack=False), *cells)))
     return Experiment("prop1_certified", "Proposition 1 and certified radii", tuple(rows), params)
 
 
 def prop2_bound(params: Prop2Params) -> Experiment:
-    """Proposition 2 for every image: four students of one TRADES teacher, its first seed."""
+    """Proposition 2 for every image: four students of the TRADES teacher of the first seed."""
     runs = table1_runs(params)
     teacher = runs["trades_teacher"][1][:1]
     measure = ImageBounds(params.epsilon, params.bound_images, params.llm_steps)
@@ -196,14 +204,14 @@ def prop2_bound(params: Prop2Params) -> Experiment:
     rows = []
     for name in ("st", "kd", "kdiga", "ard"):
         label, students = runs[name]
-        cells = tuple(_against(key, students[:1], measure, teacher, key) for key in (*keys, "tightness_tight"))
+        cells = tuple(_compared(key, students[:1], measure, teacher, key) for key in (*keys, "tightness_tight"))
         rows.append(Row(name, label, trained_runs(students[:1]), cells))
     return Experiment("prop2_bound", "Proposition 2, image by image", tuple(rows), params)
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One choice of the factorial: its name, its two levels, its column of −1 and +1, and the levels in a word each."""
+    """One choice of the factorial: name, two levels, column of −1 and +1, and one word per level."""
 
     name: str
     low: str
@@ -212,8 +220,8 @@ class Factor:
     words: tuple[str, str]
 
 
-# A 2^(8−4) design of resolution IV: four choices vary freely over 16 runs, four more follow products of three of them.
-# Main effects are confounded with no interaction of two choices.
+# A 2^(8−4) design of resolution IV: four choices vary freely over 16 runs; each other choice is the product of three
+# of them. No main effect is confounded with an interaction of two choices.
 _FREE = [tuple(1 if run >> bit & 1 else -1 for run in range(16)) for bit in range(4)]
 _COLUMNS = [*_FREE, *(tuple(math.prod(s) for s in zip(*(_FREE[i] for i in three), strict=True))
                       for three in ((1, 2, 3), (0, 2, 3), (0, 1, 2), (0, 1, 3)))]  # fmt: skip
@@ -274,7 +282,7 @@ def _combination(params: AblationParams, high: dict[str, bool]) -> Run:
 
 
 def ablations(params: AblationParams) -> Experiment:
-    """Sixteen combinations of eight choices, then the paper's and the authors' presets over all seeds."""
+    """Sixteen combinations of eight choices; then the paper's and the authors' presets over all seeds."""
     rows = []
     for index in range(16):
         high = {factor.name: factor.signs[index] > 0 for factor in factors()}
@@ -301,7 +309,7 @@ def ablations(params: AblationParams) -> Experiment:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a choice changes on average: high level minus low, in points, with its 95 % interval."""
+    """The average effect of a choice: high level minus low level, in points, with its 95 % interval."""
 
     factor: Factor
     points: float
@@ -310,10 +318,10 @@ class Effect:
 
 
 def main_effects(chosen: Sequence[Factor], values: Sequence[float]) -> list[Effect]:
-    """Main effects of the design's factors from one value a combination, in the order of the combinations.
+    """Main effects of the design's factors from one value per combination, in the order of the combinations.
 
-    The error is taken from the seven columns of the design that carry interactions of two choices (in alias chains of
-    four) and no main effect. Interactions that are there make the interval wider, not narrower.
+    Seven columns of the design carry interactions of two choices (in alias chains of four) and no main effect; the
+    error is estimated from those columns. Real interactions therefore widen the interval and never narrow it.
     """
     n = len(values)
     if any(len(factor.signs) != n for factor in chosen):
@@ -331,18 +339,20 @@ def main_effects(chosen: Sequence[Factor], values: Sequence[float]) -> list[Effe
 
 
 def worth_of_test_selection(experiment: Experiment) -> list[float]:
-    """For every finished run selected on the test set: points of PGD-20 that its best epoch has over its last."""
+    """PGD-20 of the best epoch minus that of the last, in points, for every finished run selected on the test set."""
     runs = [run for row in experiment.rows for run in row.runs if run.schedule.selection == "best_on_test"]
     curves = [[row["selection_robust"] for row in history(run)] for run in runs]
     return [max(curve) - curve[-1] for curve in curves]
 
 
 def pareto(params: ParetoParams) -> Experiment:
-    """KDIGA+FGSM done right against fast adversarial training and ARD at its own settings (α = 1, T = 30)."""
+    """KDIGA+FGSM, fast adversarial training, and ARD at its authors' settings (α = 1, T = 30), at the same cost."""
     teacher, model = trades_teacher(params), params.fgsm_student
-    fast = PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
-    own = ARD(training_attack(params), lambda_ce=0.0, lambda_kl=1.0, temperature=ARD_TEMPERATURE)
-    schedule = schedule_of(params, params.fgsm_epochs)
+    fast, own = (
+        fast_attack(params),
+        ARD(training_attack(params), lambda_ce=0.0, lambda_kl=1.0, temperature=ARD_TEMPERATURE),
+    )
+    fgsm_schedule = schedule_of(params, params.fgsm_epochs)
     nets: dict[str, tuple[str, Method, Schedule, bool]] = {
         "fgsm_at": ("fast AT (FGSM, random start)", AT(fast), schedule_of(params, params.fgsm_at_epochs), False),
         "ard": (
@@ -354,21 +364,21 @@ def pareto(params: ParetoParams) -> Experiment:
         "kdiga_fgsm": (
             "teacher → KDIGA+FGSM, aligned at x",
             method_of(params, KDIGA, attack=FGSM(params.train_epsilon)),
-            schedule,
+            fgsm_schedule,
             True,
         ),
         "kdiga_fgsm_at_delta": (
             "teacher → KDIGA+FGSM, aligned at x + δ",
             method_of(params, KDIGA_ARD_A, attack=fast),
-            schedule,
+            fgsm_schedule,
             True,
         ),
     }
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
     rows = []
-    for name, (label, method, how, distilled) in nets.items():
+    for name, (label, method, schedule, distilled) in nets.items():
         extra: dict[str, Any] = {"teacher": teacher} if distilled else {}
-        runs = runs_per_seed(params, method, model, schedule=how, **extra)
+        runs = runs_per_seed(params, method, model, schedule=schedule, **extra)
         cells = (
             *accuracy_cells(params, runs, autoattack=False),
             cell_of("apgd", runs, apgd),

@@ -10,12 +10,12 @@ from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, Source
 
 PerSeed = tuple[Run, ...]
-Nets = tuple[Source, ...]  # one a seed too, where published weights may stand in for a training
+Nets = tuple[Source, ...]  # one per seed too; a net may be published weights instead of a run
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: ``key`` of what each job measures; the jobs are one a seed."""
+    """A table cell: ``result[key]`` of each job, one job per seed."""
 
     metric: str
     jobs: tuple[Job, ...]
@@ -33,8 +33,8 @@ class Row:
 
     Attributes:
         id, label: a stable snake_case name, and what a reader sees.
-        runs: the trained nets, one a seed; empty if the scale trains none ("not run", or published weights).
-        cells: what is measured on them.
+        runs: the trained nets, one per seed; empty if the scale trains none ("not run", or published weights).
+        cells: what is measured on the nets.
         reported: the paper's numbers by metric.
         note: what a reader must know to compare.
     """
@@ -48,16 +48,16 @@ class Row:
 
     @property
     def weights(self) -> tuple[float, float] | None:
-        """Nominal and effective λ_IGA, for the methods that have one."""
-        if not self.runs or not hasattr(self.runs[0].method, "lambda_iga"):
+        """Nominal and effective λ_IGA; None for a method without the alignment."""
+        nominal = getattr(self.runs[0].method, "lambda_iga", None) if self.runs else None
+        if nominal is None:
             return None
-        run = self.runs[0]
-        return getattr(run.method, "lambda_iga"), effective_lambda_iga(run.method, run.schedule.batch_size)  # noqa: B009
+        return nominal, effective_lambda_iga(self.runs[0].method, self.runs[0].schedule.batch_size)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An artefact of the paper: its rows, and the parameters they were built from."""
+    """A table, figure or study: its rows, and the parameters that the rows were built from."""
 
     name: str
     title: str
@@ -83,7 +83,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Artifact:
-    """How an artefact of the paper is built: its parameters' model and the function that makes the experiment."""
+    """How an artefact is built: the model of its parameters and the function that makes the experiment."""
 
     params: type[Params]
     build: Callable[[Any], Experiment]

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdiga_nb.artifacts.explore import CHAINS
+from kdiga_nb.artifacts.recipes import isd_chain
 from kdiga_nb.report.numbers import metric_name, short, value
 
 PALETTE = sns.color_palette("colorblind")
@@ -40,8 +40,7 @@ def _series(table: pd.DataFrame) -> dict[str, list[str]]:
     series: dict[str, list[str]] = {}
     for row in dict.fromkeys(str(row) for row in table["row"]):
         label = short(str(table.loc[table["row"] == row, "label"].iloc[0]))
-        chain, _, loop = row.rpartition("_")
-        series.setdefault(label.removesuffix(f"-{loop}") if chain in CHAINS else label, []).append(row)
+        series.setdefault(label.removesuffix(f"-{row.rpartition('_')[2]}") if isd_chain(row) else label, []).append(row)
     return series
 
 
