@@ -245,7 +245,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("milestones", [0, 5], "must rise and lie between 0 and epochs = 15"),
     ("milestones", [5, 20], "must rise and lie between 0 and epochs = 15"),
     ("milestones", 5, "valid list"),
-    ("seeds", [0, 1, 0], "may stand only once"),
+    ("seeds", [0, 1, 0], "may appear only once"),
     ("seeds", [], "at least 1 item"),
     ("seeds", [-1], "greater than or equal to 0"),
     ("seeds", 3, "valid list"),
