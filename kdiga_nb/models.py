@@ -186,6 +186,49 @@ class MobileNetV2(nn.Module):
         return self.head(self.head_dropout(out.mean((2, 3))))
 
 
+class _PooledResidual(nn.Module):
+    """Convolution, 2×2 max-pool, BN, GELU; then a residual branch of convolution, BN, GELU at the halved size."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.gelu(self.bn1(F.max_pool2d(self.conv1(x), 2)))
+        return out + F.gelu(self.bn2(self.conv2(out)))
+
+
+class CifarCNN(nn.Module):
+    """A small, smooth, quick net for 32×32 images: 1,113,730 parameters for 10 classes at width 48, 1,978,026 at 64.
+
+    The layout is that of airbench94 (Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU"): pooling directly
+    after the first convolution of a block, so that normalisation and activation see a quarter of the pixels. The stem
+    is a trained 3×3 convolution instead of a fixed whitening, each block has a shortcut, and the last pooling is a
+    mean, which is smooth. Channels: 3 -> width/2 -> width -> 4·width -> 4·width; sides: 32 -> 32 -> 16 -> 8 -> 4 -> 1.
+    """
+
+    channels_last = True  # the quicker memory order for this net on a CPU too, see ``placed``
+
+    def __init__(self, width: int, num_classes: int, image_shape: ImageShape, head_dropout: float):
+        super().__init__()
+        channels, stem = image_shape[0], width // 2
+        self.normalize = Normalize([0.4914, 0.4822, 0.4465][:channels], [0.2470, 0.2435, 0.2616][:channels])
+        self.conv1 = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layers = nn.Sequential(
+            _PooledResidual(stem, width), _PooledResidual(width, 4 * width), _PooledResidual(4 * width, 4 * width)
+        )
+        self.head_dropout = nn.Dropout(head_dropout)
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layers(F.gelu(self.bn1(self.conv1(self.normalize(x)))))
+        return self.head(self.head_dropout(out.mean((2, 3))))
+
+
 class _PreActivation(nn.Module):
     """The pre-activation residual block of wide residual nets: BN, ReLU, 3×3; twice."""
 
@@ -388,6 +431,8 @@ MODELS: dict[str, Net] = {
     "digits_vit": _digits(DigitsViT),
     "digits_mlp": _digits(DigitsMLP, 32),
     "digits_mlp_wide": _digits(DigitsMLP, 64),
+    "cifar_cnn": Net(partial(CifarCNN, 48)),
+    "cifar_cnn_wide": Net(partial(CifarCNN, 64)),
     "mobilenet_v2": Net(MobileNetV2),
     "wrn_28_10": Net(partial(WideResNet, 28, 10)),
     "wrn_34_10": Net(partial(WideResNet, 34, 10)),

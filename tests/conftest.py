@@ -1,4 +1,4 @@
-"""What every test stands on: one thread, a run store of its own, no network, and a few small nets and data sets."""
+"""Fixtures for all tests: one thread, a run store per test, no network, and a few small nets and data sets."""
 
 import ipaddress
 import os
@@ -25,15 +25,16 @@ from kdiga_nb.params import ExploreParams, at_scale
 from kdiga_nb.runs.graph import run_all
 from kdiga_nb.training import Schedule, train
 
-# A copy of the real data sets and of published weights that may lie beside the checkout.
+# An optional copy of the real data sets and of published weights next to the checkout.
 BESIDE = paths.ROOT.parent / "shared" / "data"
 
 
 def pytest_configure() -> None:
-    """Where real data lie beside the checkout and KDIGA_DATA names no others, put them where torchvision looks, once.
+    """Draw without a display, and unpack real data sets that lie next to the checkout unless KDIGA_DATA is set.
 
-    The tests that need them are skipped elsewhere. (xdist's workers inherit the variable.)
+    Tests that need real data are skipped without them. The workers of xdist inherit both variables.
     """
+    os.environ.setdefault("MPLBACKEND", "Agg")
     if "KDIGA_DATA" in os.environ or paths.data().exists() or not (BESIDE / "restore.py").is_file():
         return
     home = paths.ROOT / "build" / "data"
@@ -77,7 +78,7 @@ def _tiny_net(
         torch.manual_seed(seed)
         net = TinyNet(side, classes, batch_norm, dropout, activation or nn.Tanh())
         if batch_norm:
-            # Statistics of their own, so that eval mode differs from train mode and a moved buffer shows.
+            # Random statistics, so that eval mode differs from train mode and a changed buffer is noticed.
             nn.init.uniform_(net.get_buffer("norm.running_mean"), -0.3, 0.3)
             nn.init.uniform_(net.get_buffer("norm.running_var"), 0.5, 1.5)
     with torch.no_grad():
@@ -87,7 +88,7 @@ def _tiny_net(
 
 @pytest.fixture(scope="session")
 def tiny_net() -> Callable[..., nn.Module]:
-    """Builds a small net from a seed, without moving the global generator."""
+    """Builds a small net from a seed; the global generator keeps its state."""
     return _tiny_net
 
 
@@ -143,7 +144,7 @@ def small() -> ExploreParams:
 
 @pytest.fixture(scope="session")
 def explored_store(small: ExploreParams, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with everything that the explorer shows at the small settings; tests work on a copy, ``store``."""
+    """A store with all results of the explorer at the small settings; tests use the copy ``store``."""
     home = tmp_path_factory.mktemp("explored") / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDIGA_RUNS", str(home))
@@ -153,7 +154,7 @@ def explored_store(small: ExploreParams, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def store(explored_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the explorer's store, for this test alone."""
+    """A copy of the explorer's store for one test."""
     home = tmp_path / "store"
     shutil.copytree(explored_store, home)
     monkeypatch.setenv("KDIGA_RUNS", str(home))
@@ -183,7 +184,7 @@ def _is_local(host: str | bytes | None) -> bool:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test leaves this machine: connections and look-ups other than loopback and AF_UNIX are refused."""
+    """Refuse connections and look-ups other than loopback and AF_UNIX."""
 
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         def connect(self: socket.socket, address: Any) -> Any:

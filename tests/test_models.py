@@ -174,6 +174,8 @@ def test_an_unknown_name_is_answered_with_all_names() -> None:
 
 # Parameters as published: author code (MobileNetV2), the nets' papers, timm's model cards; 10 and 1,000 classes.
 PARAMETERS = {
+    "cifar_cnn": 1_113_730,
+    "cifar_cnn_wide": 1_978_026,
     "mobilenet_v2": 2_296_922,
     "wrn_28_10": 36_479_194,
     "wrn_34_10": 46_160_474,
@@ -191,7 +193,7 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
-def test_the_papers_nets_have_their_published_size(name: str, parameters: int) -> None:
+def test_nets_for_photographs_have_their_stated_size(name: str, parameters: int) -> None:
     imagenet = name in TIMM
     shape = (3, 224, 224) if imagenet else shape_of(name)
     with torch.device("meta"):
@@ -201,7 +203,7 @@ def test_the_papers_nets_have_their_published_size(name: str, parameters: int) -
     assert logits.shape == (2, 1000 if imagenet else 10)
 
 
-def test_no_net_of_the_papers_goes_uncounted() -> None:
+def test_no_net_for_photographs_goes_uncounted() -> None:
     assert set(PARAMETERS) == {name for name, entry in MODELS.items() if not entry.digits}
 
 

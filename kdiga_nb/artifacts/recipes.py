@@ -222,7 +222,7 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     for name, source in sources.items():
         teachers = () if source == NONE else igam_sources(params, name, source)
         kind = "published" if name == "igam_mnist" and params.source_mnist_checkpoint else "PGD"
-        rows[name] = (f"{kind} teacher of {source} → IGAM → wide net", igam_students(params, teachers))
+        rows[name] = (f"{kind} teacher of {source} → IGAM → {wide}", igam_students(params, teachers))
     rows |= {
         "pgd_teacher": (f"{wide} (PGD-{params.at_steps} AT)", pgd_teacher(params)),
         "trades_teacher": (f"{wide} (TRADES), the teacher", teacher),

@@ -165,7 +165,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
 
 
 def prop1_certified(params: Prop1Params) -> Experiment:
-    """Proposition 1: certified radii of a teacher and its students, with loss or logit gradients aligned."""
+    """Proposition 1: certified radii of a teacher and of students that align the loss's gradient or all logits'."""
     schedule = schedule_of(params, params.certified_epochs)
     small, attack = CERTIFIED_STUDENT, training_attack(params)
     teacher = runs_per_seed(params, TRADES(attack, params.beta), CERTIFIED_TEACHER, schedule=schedule)

@@ -63,9 +63,9 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The net moved to the device, in the memory layout that is fastest there."""
+    """The net on the device, in the quickest memory layout: channels-last on a GPU and where the net asks for it."""
     model.to(device)
-    if device.type == "cuda":
+    if device.type == "cuda" or getattr(model, "channels_last", False):
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in the stubs)
     return model
 

@@ -1,18 +1,6 @@
-"""Experiment -> DataFrame -> CSV, figures, provenance; ours beside the paper's."""
+"""Experiment -> DataFrame -> CSV, figures and provenance, with the paper's numbers for comparison."""
 
-from kdiga_nb.report.figures import (
-    PALETTE,
-    plot_audit,
-    plot_bars,
-    plot_bounds,
-    plot_effects,
-    plot_epsilon,
-    plot_loops,
-    plot_plane,
-    plot_radii,
-    plot_surfaces,
-    plot_tightness,
-)
+from kdiga_nb.report.figures import PALETTE, plot_bars, plot_bounds, plot_epsilon, plot_loops, plot_plane
 from kdiga_nb.report.files import ReproductionError, commit, provenance, reproduce, save
 from kdiga_nb.report.numbers import (
     COLUMNS,
@@ -33,3 +21,4 @@ from kdiga_nb.report.numbers import (
     verdict_table,
     with_training_cost,
 )
+from kdiga_nb.report.study_figures import plot_audit, plot_effects, plot_radii, plot_surfaces, plot_tightness

@@ -26,7 +26,7 @@ class ReproductionError(RuntimeError):
 
 
 def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
-    """Train and measure what the store lacks, with a progress bar, over ``workers`` processes (default: one a core).
+    """Train and measure what the store lacks, with a progress bar, over ``workers`` processes (default: one per core).
 
     Raises:
         ReproductionError: a job failed; everything that could be finished is in the store.
@@ -49,14 +49,14 @@ def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
 def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Figure) -> None:
     """Write ``<artefact>.csv``, ``.png``, ``.svg`` and ``.json`` (provenance) to the scale's figures folder.
 
-    Further figures go beside it as ``<artefact>_<name>.png`` and ``.svg``.
+    Further figures are saved as ``<artefact>_<name>.png`` and ``.svg``.
     """
     home = paths.figures(experiment.params.scale)
     home.mkdir(parents=True, exist_ok=True)
     table.to_csv(home / f"{experiment.name}.csv", index=False, float_format="%.6g")
     for name, drawn in {experiment.name: figure, **{f"{experiment.name}_{k}": v for k, v in more.items()}}.items():
         drawn.savefig(home / f"{name}.png", dpi=150)
-        # Fixed ids and no date: the same figure gives the same file.
+        # Fixed ids and no date, so that the same figure gives the same file.
         with matplotlib.rc_context({"svg.hashsalt": name}):
             drawn.savefig(home / f"{name}.svg", metadata={"Date": None})
     record = json.dumps(provenance(experiment), indent=1, ensure_ascii=False)
@@ -64,7 +64,7 @@ def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Fi
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """Where an artefact comes from: commit, versions, hardware, parameters, seconds of computing, run keys, notes."""
+    """The origin of an artefact: commit, versions, hardware, parameters, computing time, run keys, notes."""
     jobs = [job for job in experiment.jobs() if job.measure is not None]
     results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
     trained = [seconds for run in ancestors(job.run for job in jobs) if (seconds := training_seconds(run)) is not None]
@@ -87,7 +87,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit the code is at, with ``+`` if files differ from it; "unknown" outside a git checkout."""
+    """The commit of the code, with ``+`` if files of the package differ from it; "unknown" outside a git checkout."""
     try:
         git = ["git", "-C", str(paths.ROOT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -1,9 +1,9 @@
-"""Experiment -> DataFrame: ours beside the paper's number, with intervals.
+"""Experiment -> DataFrame: our numbers with intervals, and the paper's numbers.
 
-How a number and its interval come about (``INTERVAL`` says it in the notebooks too): the value is the mean over the
-seeds. The 95 % interval of an accuracy adds two independent sources of error in quadrature: Student's t over the seeds,
-for training, and Wilson's score interval of the mean at n images, for the finite test set that all seeds share. With
-one seed only the second is there. Other metrics have the Student part alone.
+A value is the mean over the seeds. The 95 % interval of an accuracy adds two independent errors in quadrature:
+Student's t over the seeds, for training, and Wilson's score interval of the mean at n images, for the finite test set
+that all seeds share. With one seed, the interval is Wilson's alone. Other metrics have Student's t alone. ``INTERVAL``
+says the same in the notebooks.
 """
 
 import math
@@ -31,9 +31,10 @@ INTERVAL = (
 
 
 def interval(values: Sequence[float], n: int | None = None) -> tuple[float, float, float]:
-    """Mean and 95 % interval of one value a seed; ``n`` is the number of test images if the values are accuracies in %.
+    """Mean and 95 % interval of one value per seed, as the module's docstring defines the interval.
 
-    See the module's docstring for how the two parts are combined.
+    Args:
+        n: the number of test images if the values are accuracies in %.
     """
     mean = float(np.mean(values))
     seeds = 0.0
@@ -47,9 +48,9 @@ def interval(values: Sequence[float], n: int | None = None) -> tuple[float, floa
 
 
 def frame(experiment: Experiment) -> pd.DataFrame:
-    """The long table of an experiment, columns ``COLUMNS``: what the store has of it, beside the paper's numbers.
+    """The long table of an experiment with the columns ``COLUMNS``: the results in the store and the paper's numbers.
 
-    What was not run has no value; ``runs`` lists the keys a number rests on, separated by spaces.
+    A missing result is NaN; ``runs`` lists the keys of the runs behind a number, separated by spaces.
     """
     lines = []
     for row in experiment.rows:
@@ -72,9 +73,8 @@ def _empty(row: Row, metric: str) -> dict[str, Any]:
 
 def _line(row: Row, cell: Cell) -> dict[str, Any]:
     line = _empty(row, cell.metric) | {"reported": row.reported.get(cell.metric, math.nan)}
-    found = [measured(job.run, job.measure, reference=job.reference) for job in cell.jobs if job.measure]
-    results = [result for result in found if result is not None]
-    if not results or len(results) < len(found):
+    results = _stored(cell)
+    if not results or len(results) < sum(job.measure is not None for job in cell.jobs):
         return line
     n = int(results[0]["n"])
     value, low, high = interval([float(result[cell.key]) for result in results], n if cell.is_accuracy else None)
@@ -82,32 +82,38 @@ def _line(row: Row, cell: Cell) -> dict[str, Any]:
     return line | {"value": value, "low": low, "high": high, "n": n, "seeds": len(results), "runs": keys}
 
 
+def _stored(cell: Cell) -> list[dict[str, Any]]:
+    """The results of a cell that the store has."""
+    results = [measured(job.run, job.measure, reference=job.reference) for job in cell.jobs if job.measure]
+    return [result for result in results if result is not None]
+
+
 def value(table: pd.DataFrame, row: str, metric: str) -> float:
     """One number of a long table; NaN if it was not measured."""
-    found = table.loc[(table["row"] == row) & (table["metric"] == metric), "value"]
-    return float(found.iloc[0]) if len(found) else math.nan
+    numbers = table.loc[(table["row"] == row) & (table["metric"] == metric), "value"]
+    return float(numbers.iloc[0]) if len(numbers) else math.nan
 
 
 def values(table: pd.DataFrame) -> Mapping[tuple[str, str], float]:
-    """The numbers of a long table by (row, metric); NaN for what was not measured, which bears out no claim."""
-    found: defaultdict[tuple[str, str], float] = defaultdict(lambda: math.nan)
+    """The numbers of a long table by (row, metric); NaN, which supports no claim, for a missing number."""
+    numbers: defaultdict[tuple[str, str], float] = defaultdict(lambda: math.nan)
     for row, metric, number in zip(table["row"], table["metric"], table["value"], strict=True):
-        found[str(row), str(metric)] = float(number)
-    return found
+        numbers[str(row), str(metric)] = float(number)
+    return numbers
 
 
 def best(table: pd.DataFrame, rows: Sequence[str], metric: str) -> str:
-    """The row of highest value among ``rows``."""
+    """The row with the highest value among ``rows``."""
     return max(rows, key=lambda row: value(table, row, metric))
 
 
 def claim(text: str, holds: bool) -> None:
-    """Print a claim and whether the numbers bear it out: what the notebooks' tests compare."""
+    """Print a claim and whether the numbers support it; the notebooks' tests compare this line."""
     print(f"{'holds' if holds else 'does not hold'}: {text}")
 
 
 def flags(experiment: Experiment) -> pd.DataFrame:
-    """What AutoAttack found suspicious, and the accuracy left after each of its members: one line an evaluation."""
+    """AutoAttack's warnings and the accuracy after each of its attacks: one line per evaluation."""
     lines = []
     for row in experiment.rows:
         for cell in row.cells:
@@ -125,9 +131,9 @@ def flags(experiment: Experiment) -> pd.DataFrame:
 
 
 def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: int = 1) -> pd.DataFrame:
-    """The long table as a reader wants it: a line a row, and for each metric ours [low, high] beside the paper's.
+    """The long table for readers: one line per row; per metric, our value [low, high] and the paper's.
 
-    A dash means that the paper gives no number, "not run" that this scale has none.
+    A dash: the paper gives no number. "not run": the store has no result.
     """
     names = list(metrics) if metrics is not None else [m for m in dict.fromkeys(table["metric"]) if "lambda" not in m]
     with_paper = {m for m in names if table.loc[table["metric"] == m, "reported"].notna().any()}
@@ -157,17 +163,18 @@ def _number(entry: Any, digits: int) -> str:
 
 
 def short(label: str) -> str:
-    """A row's label without the teacher, for the crowded plane of a figure."""
+    """A row's label without its teacher, for figures with little space."""
     parts = label.split(" → ")
     return parts[1] if len(parts) > 2 else parts[-1]
 
 
-_PRETTY = {"clean": "clean", "autoattack": "AutoAttack", "apgd": "APGD-CE + APGD-T"}
+_METRIC_NAMES = {"autoattack": "AutoAttack", "apgd": "APGD-CE + APGD-T"}
 
 
-def _pretty(metric: str) -> str:
+def metric_name(metric: str) -> str:
+    """A metric as readers write it: ``pgd20@0.05`` is "PGD-20, ε = 0.05"."""
     name, separator, radius = metric.partition("@")
-    name = _PRETTY.get(name) or re.sub(r"^pgd(\d+)$", r"PGD-\1", name)
+    name = _METRIC_NAMES.get(name) or re.sub(r"^pgd(\d+)$", r"PGD-\1", name)
     return f"{name}, ε = {radius}" if separator else name
 
 
@@ -177,7 +184,7 @@ NAMES = {
     "pgd_long": "PGD, long, with restarts",
     "margin": "margin loss",
     "dlr": "DLR loss",
-    "targeted": "targeted, nine classes in turn",
+    "targeted": "targeted, all other classes",
     "scaled": "scaled logits",
     "noise": "random noise, best of 10",
     "hard_label": "RayS (labels only)",
@@ -188,22 +195,21 @@ NAMES = {
 
 
 def results(row: Row, metric: str) -> list[dict[str, Any]]:
-    """What the store has behind one cell, a result a seed; a measure's lists are there too.
+    """The stored results of one cell, one per seed, with all that the measure returned.
 
     Raises:
         KeyError: the row has no such metric.
     """
     for cell in row.cells:
         if cell.metric == metric:
-            found = [measured(job.run, job.measure, reference=job.reference) for job in cell.jobs if job.measure]
-            return [result for result in found if result is not None]
+            return _stored(cell)
     raise KeyError(f"{row.id} has no metric {metric}")
 
 
 def with_training_cost(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
-    """The long table with a line ``training_seconds`` a row: wall-clock seconds of one training, mean over the seeds.
+    """The long table with one more metric per row, ``training_seconds``: wall-clock time per training.
 
-    Each training ran in one process; on a busy machine others beside it slow it down.
+    Each training ran in one process; other processes on the same machine slow it down.
     """
     lines = []
     for row in experiment.rows:
@@ -215,13 +221,13 @@ def with_training_cost(table: pd.DataFrame, experiment: Experiment) -> pd.DataFr
     return pd.concat([table, pd.DataFrame(lines, columns=COLUMNS)], ignore_index=True)
 
 
-def audit_table(found: Mapping[str, Found]) -> pd.DataFrame:
-    """Accuracy left under each attack, a line an attack and a column a net; ``n`` is the number of images."""
-    attacks = dict.fromkeys(name for one in found.values() for name, result in one.items() if "percent" in result)
+def audit_table(audits: Mapping[str, Found]) -> pd.DataFrame:
+    """Accuracy under attack: one line per attack, one column per net; ``n`` is the number of images."""
+    attacks = dict.fromkeys(name for audit in audits.values() for name, result in audit.items() if "percent" in result)
     lines = []
     for attack in attacks:
-        numbers = {net: f"{one[attack]['percent']:.1f}" for net, one in found.items() if attack in one}
-        n = next(int(one[attack]["n"]) for one in found.values() if attack in one)
+        numbers = {net: f"{audit[attack]['percent']:.1f}" for net, audit in audits.items() if attack in audit}
+        n = next(int(audit[attack]["n"]) for audit in audits.values() if attack in audit)
         lines.append({"": _named(attack), "n": n} | numbers)
     return pd.DataFrame(lines).fillna("–").set_index("")
 
@@ -234,17 +240,17 @@ def _named(attack: str) -> str:
 
 
 def verdict_table(verdicts: Mapping[str, Verdict]) -> pd.DataFrame:
-    """A line a net: the word, the figures it rests on, and the names of the rules that rang."""
+    """One line per net: the verdict, the accuracies behind it, and the names of its warning signs."""
     lines = []
     for net, one in verdicts.items():
-        rang = one.faults | one.masking | one.weakness
+        signs = one.faults | one.masking | one.weakness
         figures = {"clean": f"{one.clean:.1f}", "plain PGD": f"{one.plain:.1f}", "all together": f"{one.worst:.1f}"}
-        lines.append({"": net, "verdict": one.word} | figures | {"rules that rang": ", ".join(rang) or "none"})
+        lines.append({"": net, "verdict": one.word} | figures | {"warning signs": ", ".join(signs) or "none"})
     return pd.DataFrame(lines).set_index("")
 
 
 def effects_table(effects: Mapping[str, Sequence[Effect]]) -> pd.DataFrame:
-    """A line a choice: its two levels and, for each metric, what the high one changes in points with its interval."""
+    """One line per choice: its two levels and, per metric, the effect of the second in points with its interval."""
     lines = []
     for index, effect in enumerate(next(iter(effects.values()))):
         line = {"": effect.factor.name, "from": effect.factor.low, "to": effect.factor.high}

@@ -1,8 +1,7 @@
-"""Training from a notebook without blocking its kernel: a process of its own, watched through the run store.
+"""Training from a notebook without blocking the kernel, in a separate process.
 
-The process trains and measures what it is told and writes to the store, as any other would; the kernel only counts
-the epochs that the store has. So cancelling is ending the process, a training whose kernel dies ends with it, and in
-both cases the next one goes on from the last epoch.
+The process writes to the run store; the kernel reads the progress from the store. Cancelling ends the process, and the
+process also ends if the kernel dies. In both cases the next training continues from the last epoch.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from kdiga_nb.runs.store import is_finished, load_or_train
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """How far a training is: epochs and measurements done and to do, seconds so far, seconds left if known."""
+    """Progress of a training: epochs and measurements done and in total, seconds so far, seconds left if known."""
 
     done: int
     total: int
@@ -30,21 +29,21 @@ class TrainingProgress:
 
 
 class Training:
-    """Jobs under way in another process.
+    """Jobs that run in another process.
 
     Attributes:
         cancelled: whether ``cancel`` was called.
     """
 
     def __init__(self, jobs: Sequence[Job], device: str) -> None:
-        """Start on the jobs and on everything they stand on."""
+        """Start the jobs and the trainings that they depend on."""
         self._runs = [run for run in ancestors(job.run for job in jobs) if not is_finished(run)]
         self._measures = [job for job in jobs if job.measure is not None and not job.is_done()]
         self._total = sum(run.schedule.epochs for run in self._runs) + len(self._measures)
         self._before = self._done()
         self._started = time.perf_counter()
         self.cancelled = False
-        # spawn: a forked child would inherit torch's threads and the kernel's sockets.
+        # A forked process would inherit torch's threads and the kernel's sockets.
         context = multiprocessing.get_context("spawn")
         self._report, writer = context.Pipe(duplex=False)
         self._process = context.Process(target=_work, args=(list(jobs), device, writer), daemon=True)
@@ -59,25 +58,25 @@ class Training:
     def progress(self) -> TrainingProgress:
         """Read from the store."""
         done, seconds = self._done(), time.perf_counter() - self._started
-        made = done - self._before
-        left = seconds / made * (self._total - done) if made else None
+        new = done - self._before
+        left = seconds / new * (self._total - done) if new else None
         return TrainingProgress(done, self._total, seconds, left)
 
     @property
     def is_running(self) -> bool:
-        """Whether the process still works."""
+        """Whether the process is alive."""
         return self._process.is_alive()
 
     def cancel(self) -> None:
-        """End the process; what it finished, to the last epoch, stays in the store."""
+        """End the process; all finished epochs and measurements stay in the store."""
         self.cancelled = True
         self._process.terminate()
         self._process.join()
 
     def failures(self) -> list[str]:
-        """Waits for the end: one line for each job that failed, or one that says how the process ended."""
+        """Wait for the end; one line per failed job, or one line with the exit status if the process died."""
         reasons: list[str] | None = None
-        # An end without a report is the process's death; its exit status says of what.
+        # The pipe ends without a report if the process died; the exit status then says why.
         with contextlib.suppress(EOFError):
             reasons = self._report.recv()
         self._process.join()
@@ -85,10 +84,10 @@ class Training:
 
 
 def _work(jobs: list[Job], device: str, report: Connection) -> None:
-    """In the other process: do the jobs, then say what failed."""
+    """In the other process: run the jobs, then report the failures."""
     end_with_parent()
-    os.nice(5)  # the kernel, whose page is being looked at, goes first
-    # A damaged run counts as done until it is loaded; loading sets it aside and trains it again.
+    os.nice(5)  # the kernel has priority, so that the page stays responsive
+    # Damage shows only on loading; load_or_train then sets the run aside and trains again.
     for run in ancestors(job.run for job in jobs):
         if is_finished(run):
             load_or_train(run, device=device)

@@ -1,6 +1,6 @@
-"""The explorer: controls, a picture, a line of text. Everything it knows comes from ``compute`` and ``draw``.
+"""The explorer: controls, a picture and a line of text, made by ``compute``, ``draw`` and ``words``.
 
-Moving a control reads the store and redraws; it never trains. Training sits behind a button, in a process of its own.
+Moving a control reads the store and redraws; only a button starts training, in a separate process.
 """
 
 import base64
@@ -9,6 +9,7 @@ import html
 import logging
 import threading
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import ipywidgets as ipw
@@ -30,7 +31,7 @@ from kdiga_nb.widgets.views import State, ViewData, compute, is_empty, missing, 
 
 log = logging.getLogger("kdiga")
 
-LOOPS_BEYOND = 2  # the loop slider goes this far beyond what the parameters train
+LOOPS_BEYOND = 2  # loops on the slider beyond those that the parameters train
 POLL_SECONDS = 0.3
 WIDE, NARROW = "370px", "200px"
 
@@ -45,32 +46,31 @@ STYLE = """<style>
 
 HELP = {
     "lambda": (
-        "λ_IGA is the weight of the term that pulls the student's input gradients to its teacher's; at 0 the "
-        "method is plain KD. Left: clean and robust accuracy at every weight that is trained, with 95 % intervals "
-        "over the test images. Middle: the same points as a trade-off; the ring marks the chosen weight. Right: "
-        "each weighted term of the loss while the chosen net trained. The weight that counts is the effective one:"
-        " under the authors' code's norm it is far smaller than the nominal one."
+        "λ_IGA is the weight of input gradient alignment in the loss; λ_IGA = 0 is KD. Left: clean and robust "
+        "accuracy of all trained weights, with 95 % intervals over the test images. Middle: the same nets as a "
+        "trade-off; the ring marks the chosen weight. Right: the weighted terms of the loss during training. The "
+        "effective weight decides: with the norm of the authors' code, the effective weight is far below the nominal."
     ),
     "epsilon": (
-        "ε is the largest change of a pixel that the attack may make. Left: accuracy against ε, from the store. "
-        "Middle: the same images clean, the change (grey: none, white: brighter, black: darker; magnified as "
-        "stated) and attacked, computed now, with full knowledge of the student. Right: what the student and its "
-        "teacher make of the first of these images; the teacher sees the attack that was made on the student."
+        "ε is the largest change of a pixel. Left: accuracy against ε, from the store. Middle: clean images, the "
+        "magnified change (grey: none, white: brighter, black: darker) and attacked images; the attack is computed "
+        "now and knows the student. Right: predictions of student and teacher for the first image; the teacher gets "
+        "the image that was attacked on the student."
     ),
     "loops": (
-        "Each loop distils a net from itself: the student of one loop is the teacher of the next. Left: accuracy "
-        "loop by loop, with dropout before the last layer (solid) and without (dotted). Middle: the local "
-        "linearity measure of Definition 2; a net that is linear inside the ball has 0. Right: the loss's gradient"
-        " for the pixels of one image, student and teacher, and how well the two point the same way."
+        "The student of each loop is the teacher of the next loop. Left: accuracy per loop, with dropout before the "
+        "last layer (solid) and without (dotted). Middle: the local linearity measure of Definition 2; 0 means that "
+        "the loss is linear in the ball. Right: the input gradients of student and teacher at one image, and their "
+        "cosine similarity."
     ),
     "image": (
-        "Proposition 2 bounds how far the losses of student and teacher can drift apart inside the ball of radius "
-        "ε. Left: the bound's terms stacked, against the largest gap that a search found. γ is searched for too, "
-        "so the bar can be a little too low. Right: the loss of both nets around the image; the dashed square is "
-        "the ball, orange is where the label is no longer predicted."
+        "Proposition 2 bounds the difference between the losses of student and teacher in the ball of radius ε. "
+        "Left: the stacked terms of the bound, and the largest difference that a search found. The terms γ come from "
+        "a search too, so the bar can be slightly too low. Right: the loss of both nets around the image. The dashed "
+        "square is the ball; orange marks wrong predictions."
     ),
 }
-# Which controls a view has; the others would change nothing in it.
+# The controls that each view depends on.
 CONTROLS = {
     "lambda": ("lambda_iga",),
     "epsilon": ("epsilon", "image", "method", "lambda_iga", "loop", "dropout"),
@@ -79,20 +79,21 @@ CONTROLS = {
 }
 
 
+@cache
 def _freeze_garbage() -> None:
-    """Exclude what is imported by now from garbage collection: a full collection takes 200 ms every few pictures."""
+    """Once per process: exclude imported objects from garbage collection, which would take 200 ms every few figures."""
     gc.collect()
     gc.freeze()
 
 
 class Explorer:
-    """λ_IGA, ε and loop count by hand.
+    """Controls for λ_IGA, ε and the loop, with a figure that follows the controls.
 
     Attributes:
-        state: what the controls say.
-        data: what is shown; None before the first picture, or where there is none.
-        training: the training under way, if any.
-        widget: the whole, to be displayed.
+        state: the values of the controls.
+        data: the data of the figure; None if there is no figure.
+        training: the current training, if any.
+        widget: the widget to display.
     """
 
     def __init__(self, params: ExploreParams) -> None:
@@ -100,8 +101,8 @@ class Explorer:
         self.data: ViewData | None = None
         self.training: Training | None = None
         self._state = State.start(params)
-        self._busy = False  # while the controls are set by code, their handlers do nothing
-        self._lock = threading.RLock()  # a training that ends redraws from its own thread
+        self._busy = False  # True while code sets the controls: handlers then do nothing
+        self._lock = threading.RLock()  # the thread that watches a training redraws at the end
         _freeze_garbage()
         self._build()
         self._take(self._state)
@@ -109,11 +110,11 @@ class Explorer:
 
     @property
     def state(self) -> State:
-        """What the controls say."""
+        """The values of the controls."""
         return self._state
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """The widget where there is a kernel, and in words where there is none."""
+        """The widget, and a text for readers without a kernel."""
         shown = words(self.data) if self.data else "The explorer; run this cell to use it."
         return (self.widget._repr_mimebundle_() or {}) | {"text/plain": shown}
 
@@ -133,7 +134,7 @@ class Explorer:
         exports = {"png": "Save PNG", "svg": "Save SVG", "yaml": "Save parameters"}
         self.exports = {kind: ipw.Button(description=name, icon="download") for kind, name in exports.items()}
         for button in (self.train_button, self.cancel_button, *self.exports.values()):
-            button.layout.width = "auto"  # by its text, which the default would cut
+            button.layout.width = "auto"  # the default width cuts the text
         self.train_button.on_click(lambda _: self.train())
         self.cancel_button.on_click(lambda _: self.cancel())
         self.autoattack.observe(lambda _: self._offer(), names="value")
@@ -143,8 +144,8 @@ class Explorer:
             control.observe(lambda change, name=name: self._changed(name), names="value")
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=wrap)
-        own = [self.controls[name] for name in CONTROLS["epsilon"]]  # all that any view has
-        # A place of fixed height for them: a picture that moves when the view changes is hard to compare.
+        own = [self.controls[name] for name in CONTROLS["epsilon"]]  # the view with all controls
+        # Fixed height, so that the figure keeps its place when the view changes.
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
         actions = ipw.HBox(
@@ -172,19 +173,19 @@ class Explorer:
             "image": ipw.IntSlider(min=0, max=self._images() - 1, description="image", **_slider()),
             "method": ipw.Dropdown(options=methods, description="method", **_place(WIDE)),
             "dropout": ipw.Checkbox(description="head dropout, in ISD", **_place(WIDE)),
-            "compare": ipw.SelectMultiple(options=methods, rows=5, description="beside", **_place(WIDE)),
+            "compare": ipw.SelectMultiple(options=methods, rows=5, description="compare with", **_place(WIDE, "90px")),
         }
 
     def _weights(self) -> list[tuple[str, float]]:
         return [(f"{weight:g}" if weight else "0 (KD)", weight) for weight in self._state.lambdas]
 
     def _radii(self) -> list[tuple[str, float]]:
-        """The ε slider's stops: steps of 1/255 where that is how the parameters write ε, else of 0.005."""
+        """The values of the ε slider: steps of 1/255 if the parameters write ε as a fraction, otherwise of 0.005."""
         steps = [n / 255 for n in range(33)] if "/" in self.params.radius else [n / 200 for n in range(61)]
         return [(radius_text(radius), radius) for radius in sorted({*steps, self.params.epsilon, self._state.epsilon})]
 
     def _students(self) -> list[str]:
-        """The nets for images of the data set's size: the digits' own, or the others."""
+        """The nets for the data set: those for digits, or all others."""
         return [name for name, net in MODELS.items() if net.digits == MODELS[self.params.student].digits]
 
     def _images(self) -> int:
@@ -194,7 +195,7 @@ class Explorer:
         return max(self.params.loops + LOOPS_BEYOND, self._state.loop)
 
     def _take(self, state: State) -> None:
-        """Take over a state and put the controls where it has them; the loop view follows a chain in any case."""
+        """Set the state and the controls; the loop view always shows a self-distillation method."""
         self._state = replace(state, method=state.chain) if state.view == "loops" else state
         self._busy = True
         try:
@@ -215,7 +216,7 @@ class Explorer:
             self.refresh()
 
     def _change_scale(self, scale: str) -> None:
-        """Another scale is another parameter file; the controls start where it says."""
+        """Load the parameters of another scale and reset the controls to the new parameters."""
         try:
             self.params = at_scale(ExploreParams, scale)
         except ParameterError as error:
@@ -234,10 +235,10 @@ class Explorer:
         self._take(self._state)
         self.refresh()
 
-    # ---- what is shown ----
+    # ---- figure and text ----
 
     def refresh(self) -> None:
-        """Compute and draw what the controls say; what cannot be shown is said in words."""
+        """Compute and draw the chosen view; an error is reported as text."""
         with self._lock:
             self._arrange()
             self._mark_stale(True)
@@ -247,8 +248,8 @@ class Explorer:
                 self._show(draw(data), shown)
                 self.data = data
             except Exception as error:
-                # A handler's exception would vanish in the server's log: the reader is told, and the old picture
-                # stays, marked as what it is.
+                # Jupyter hides exceptions of handlers in the server's log. Tell the reader, and keep the old figure,
+                # marked as outdated.
                 log.debug("the explorer cannot show %s", self._state, exc_info=True)
                 self._text(f"This point cannot be shown: {_one_line(error)}.")
                 self._offer()
@@ -256,11 +257,11 @@ class Explorer:
             self._mark_stale(False)
             self._text(shown)
             self._offer()
-        # matplotlib leaves cycles behind: collected now, when the picture is out, and not in the midst of a later one.
+        # Collect matplotlib's reference cycles now, after the figure is shown, and not while the next one is drawn.
         gc.collect()
 
     def _arrange(self) -> None:
-        """Show the view's controls, and grey out those that the chosen method does not have."""
+        """Show the controls of the view, and disable those that the chosen method does not use."""
         state = self._state
         for name in CONTROLS["epsilon"]:
             self.controls[name].layout.display = "flex" if name in CONTROLS[state.view] else "none"
@@ -270,12 +271,12 @@ class Explorer:
         self.controls["loop"].disabled = not chain
         self.controls["dropout"].disabled = not chain
         self.autoattack.disabled = self.params.autoattack_images == 0
-        self.help.value = f"<details><summary>What is shown here</summary>{html.escape(HELP[state.view])}</details>"
+        self.help.value = f"<details><summary>About this view</summary>{html.escape(HELP[state.view])}</details>"
 
     def _show(self, figure: Any, text: str) -> None:
         content = base64.b64encode(image_bytes(figure)).decode()
         width, height = (round(inches * DPI) for inches in SIZE)
-        # An image element instead of an output area: it has an alternative text, and nothing flickers.
+        # An image element has an alternative text and does not flicker; an output area does.
         self.picture.value = (
             f'<img src="data:image/png;base64,{content}" alt="{html.escape(text)}" width="{width}" height="{height}" '
             f'style="max-width: 100%; height: auto; aspect-ratio: {width} / {height}">'
@@ -285,7 +286,7 @@ class Explorer:
         self.text.value = f'<div role="status" class="kdiga-text">{html.escape(text)}</div>'
 
     def _mark_stale(self, stale: bool) -> None:
-        """Dim a picture that does not show what the controls say."""
+        """Dim a figure that does not match the controls."""
         (self.picture.add_class if stale else self.picture.remove_class)("kdiga-stale")
 
     def _say(self, text: str, kind: str = "info") -> None:
@@ -294,23 +295,23 @@ class Explorer:
     # ---- training ----
 
     def wanted(self) -> list[Job]:
-        """What the train button would do: the chosen net and its measurements; on an empty store the smallest set."""
+        """The jobs of the train button: the chosen net and its measurements; for an empty store the smallest set."""
         if is_empty(self._state):
             points = [Point("st"), Point("kd"), Point("kdiga", self.params.lambda_iga)]
             return [job for point in points for job in self._jobs(self._state.row(point))]
-        # What the net is compared to is shown beside it, but for the λ view.
-        beside = [] if self._state.view == "lambda" else [Job(reference_teacher(self._state.here)[0])]
-        return [*beside, *self._jobs(self._state.row())]
+        # All views but the λ view compare the net with the reference teacher.
+        teachers = [] if self._state.view == "lambda" else [Job(reference_teacher(self._state.here)[0])]
+        return [*teachers, *self._jobs(self._state.row())]
 
     def _jobs(self, row: Row) -> list[Job]:
-        """The net and what the view shows of it; AutoAttack, which takes longer than training, only if asked for."""
+        """The net and its measurements in the view; AutoAttack, which takes longer than training, only if ticked."""
         cells = [cell for cell in row.cells if cell.metric != "autoattack" or self.autoattack.value]
         if self._state.view != "epsilon":
             cells = [cell for cell in cells if "@" not in cell.metric]
         return list(dict.fromkeys([Job(row.runs[0]), *(job for cell in cells for job in cell.jobs)]))
 
     def _offer(self) -> None:
-        """Say what is missing, and offer to train it."""
+        """Report missing results and enable the train button."""
         if self.training is not None:
             return
         state, params = self._state, self.params
@@ -324,20 +325,20 @@ class Explorer:
             self.train_button.description = "Train the smallest set"
             self._say(
                 f"The store has no nets of the scale {params.scale} for {state.student}, seed {state.seed}. "
-                f"`kdiga reproduce --scale {params.scale} --only explore` makes all that is shown here; "
+                f"`kdiga reproduce --scale {params.scale} --only explore` trains all nets of this page; "
                 "the button trains ST, KD and one KDIGA net."
             )
         elif damaged:
-            self._say(f"Damaged ({damaged[0]}). Training this point sets it aside and makes it again.", "error")
+            self._say(f"Damaged ({damaged[0]}). The button sets the damaged run aside and trains again.", "error")
         elif text := missing(state):
-            self._say(f"{text} The button trains and measures it; the sliders never do.")
+            self._say(f"{text} The button trains and measures this net; sliders never train.")
         elif open_jobs:
-            self._say("In the store, but not all of it is measured; the button does that.")
+            self._say("The net is in the store; some measurements are missing. The button makes them.")
         else:
             self._say("Read from the run store.")
 
     def train(self) -> None:
-        """Train and measure what is wanted, in another process; the page stays alive."""
+        """Train and measure in another process; the page stays responsive."""
         if self.training is not None:
             return
         try:
@@ -352,7 +353,7 @@ class Explorer:
         threading.Thread(target=self._watch, args=(self.training,), daemon=True).start()
 
     def cancel(self) -> None:
-        """End the training; the store keeps what is done."""
+        """End the training; the store keeps all finished epochs and measurements."""
         if self.training is not None:
             self.training.cancel()
 
@@ -369,7 +370,7 @@ class Explorer:
             self.bar.layout.visibility = "hidden"
             self.refresh()
             if training.cancelled:
-                self._say(f"Cancelled. {done.done} of {done.total} steps are kept; the button goes on from there.")
+                self._say(f"Cancelled. {done.done} of {done.total} steps are kept; the button continues from there.")
             elif failures:
                 self._say(f"Training failed: {'; '.join(failures)}", "error")
             else:
@@ -384,9 +385,9 @@ class Explorer:
     # ---- export ----
 
     def export(self, kind: str) -> None:
-        """Write what is shown (png, svg), or the parameter file that repeats it (yaml), beside the scale's figures."""
+        """Write the figure (png, svg) or the parameters that reproduce it (yaml) to the scale's figures folder."""
         if kind != "yaml" and self.data is None:
-            self._say("There is no picture yet to save.", "error")
+            self._say("There is no figure to save yet.", "error")
             return
         home = paths.figures(self.params.scale) / "explorer"
         try:
@@ -408,7 +409,7 @@ class Explorer:
             self._say(f"{home} cannot be written: {error.strerror or error}", "error")
             return
         shown = path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
-        repeat = f"; papermill notebooks/explore.ipynb out.ipynb -f {shown} repeats it" if kind == "yaml" else ""
+        repeat = f"; papermill notebooks/explore.ipynb out.ipynb -f {shown} repeats this view" if kind == "yaml" else ""
         self._say(f"Written to {shown}{repeat}.")
 
 
@@ -418,9 +419,9 @@ def _with_teachers(jobs: list[Job]) -> list[Run]:
     return [*trained, *(run.teacher for run in trained if isinstance(run.teacher, Run))]
 
 
-def _place(width: str) -> dict[str, Any]:
-    """Style and a layout of its own: each control is shown and hidden by itself."""
-    return {"style": {"description_width": "70px"}, "layout": ipw.Layout(width=width)}
+def _place(width: str, description: str = "70px") -> dict[str, Any]:
+    """Style and layout of one control; a separate layout lets each control be hidden alone."""
+    return {"style": {"description_width": description}, "layout": ipw.Layout(width=width)}
 
 
 def _slider() -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""What the explorer shows, as data: ``compute(state)`` reads the run store and never trains.
+"""The data of the explorer's views: ``compute(state)`` reads the run store and never trains.
 
-A ``State`` is everything that the controls say. ``compute`` turns it into the data of one view, plain numbers and
-arrays, which ``drawing.draw`` turns into a figure. What comes from the store are accuracies, training curves and
-weights; what is computed on the spot are attacks on a few images, gradient maps, the terms of Proposition 2 of one
-image and its loss surface.
+A ``State`` holds the values of all controls. ``compute`` returns the data of one view as plain numbers and arrays;
+``drawing.draw`` makes a figure of the data. Accuracies, training curves and weights come from the store. Attacks on a
+few images, gradient maps, the terms of Proposition 2 and loss surfaces are computed for the view.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,34 +19,35 @@ from kdiga_nb.artifacts.explore import CHAINS, Point, explored, reference_teache
 from kdiga_nb.artifacts.table import Row
 from kdiga_nb.attacks.gradient import evaluation_pgd
 from kdiga_nb.data import load_data
-from kdiga_nb.losses import cross_entropy, input_gradient
-from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound
+from kdiga_nb.losses import input_gradient
+from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound, loss_surface
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import computing
 from kdiga_nb.params import ExploreParams, radius_text
+from kdiga_nb.report.numbers import metric_name
 from kdiga_nb.runs.run import Run, run_key
 from kdiga_nb.runs.store import measured
 
 Array = np.ndarray[Any, Any]
 
-LAMBDAS = (0.0, *(2.0**power for power in range(-3, 8)))  # the slider's stops, beside what the parameters train
-GALLERY = 5  # images side by side
-COSINES = 100  # test images over which the gradients' cosine is averaged
-BOUND_STEPS = 10  # of each search behind the bound of one image: 3 starts × 10 steps
-SURFACE = 17  # points a side of a loss surface
+LAMBDAS = (0.0, *(2.0**power for power in range(-3, 8)))  # the slider's values, besides those of the parameters
+GALLERY = 5  # images shown
+COSINES = 100  # test images in the mean cosine of the gradients
+BOUND_STEPS = 10  # steps of each search for the bound of one image; a search has 3 starts
+SURFACE = 17  # points per side of a loss surface
 
 
 @dataclass(frozen=True)
 class State:
-    """What the controls say; ``params`` decides how everything is trained and measured.
+    """The values of the controls; ``params`` says how nets are trained and measured.
 
     Attributes:
         view: a key of ``params.VIEWS``.
-        method: a key of ``params.EXPLORED``; with ``lambda_iga``, ``loop`` and ``dropout`` it names the net.
-        student: its architecture.
+        method: a key of ``params.EXPLORED``; with ``lambda_iga``, ``loop`` and ``dropout`` it identifies the net.
+        student: the architecture of the net.
         image: index of a test image.
-        epsilon: of the attack on the spot, in pixels of [0, 1].
-        compare: methods whose curves stand beside the chosen net's.
+        epsilon: radius of the attack computed in the view, in pixels of [0, 1].
+        compare: methods whose curves are drawn for comparison.
     """
 
     params: ExploreParams
@@ -64,7 +64,7 @@ class State:
 
     @classmethod
     def start(cls, params: ExploreParams, **changes: Any) -> "State":
-        """Where the parameters put the controls."""
+        """The state that the parameters ask for."""
         shown = {
             "view": params.show_view,
             "student": params.student,
@@ -79,7 +79,7 @@ class State:
         return cls(params, **(shown | changes))
 
     def parameters(self) -> ExploreParams:
-        """The parameters that put the controls where they are now."""
+        """The parameters that reproduce this state."""
         shown = {
             "show_view": self.view,
             "student": self.student,
@@ -100,7 +100,7 @@ class State:
 
     @property
     def point(self) -> Point:
-        """The net that the view is about: the λ view is about KDIGA, the loop view about a chain."""
+        """The chosen net: always KDIGA in the λ view, always a loop of self-distillation in the loop view."""
         if self.view == "lambda":
             return Point("kdiga", self.lambda_iga)
         method = self.chain if self.view == "loops" else self.method
@@ -108,7 +108,7 @@ class State:
 
     @property
     def chain(self) -> str:
-        """The self-distillation that the loop view follows."""
+        """The self-distillation shown in the loop view."""
         return self.method if self.method in CHAINS else "isd_wot"
 
     def row(self, point: Point | None = None) -> Row:
@@ -117,13 +117,13 @@ class State:
 
     @property
     def lambdas(self) -> tuple[float, ...]:
-        """The λ_IGA slider's stops."""
+        """The values of the λ_IGA slider."""
         return tuple(sorted({*LAMBDAS, *self.params.sweep, self.params.lambda_iga, self.lambda_iga}))
 
 
 @dataclass(frozen=True)
-class Net:
-    """What the store knows of one net: accuracies by metric (``clean``, ``pgd20``, ``autoattack``, ``pgd20@0.05``)."""
+class NetView:
+    """The stored results of one net: accuracies by metric (``clean``, ``pgd20``, ``autoattack``, ``pgd20@0.05``)."""
 
     label: str
     run: Run
@@ -133,9 +133,9 @@ class Net:
     llm: tuple[float, float] | None = None  # mean and standard error, in nats
 
 
-def net(row: Row, point: Point) -> Net:
-    """Reads a row of one seed from the store."""
-    found: dict[str, Accuracy] = {}
+def net(row: Row, point: Point) -> NetView:
+    """Read a row of one seed from the store."""
+    accuracies: dict[str, Accuracy] = {}
     llm = None
     for cell in row.cells:
         job = cell.jobs[0]
@@ -143,10 +143,10 @@ def net(row: Row, point: Point) -> Net:
         if result is None:
             continue
         if cell.is_accuracy:
-            found[cell.metric] = Accuracy(*(result[key] for key in ("percent", "low", "high", "n")))
+            accuracies[cell.metric] = Accuracy(*(result[key] for key in ("percent", "low", "high", "n")))
         else:
             llm = (float(result["llm"]), float(result["standard_error"]))
-    return Net(row.label, row.runs[0], runs.is_finished(row.runs[0]), found, point, llm)
+    return NetView(row.label, row.runs[0], runs.is_finished(row.runs[0]), accuracies, point, llm)
 
 
 # ---- the views' data ----
@@ -154,18 +154,18 @@ def net(row: Row, point: Point) -> Net:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """The λ view: KDIGA's accuracy at every λ_IGA of the slider, and the chosen one's training curves."""
+    """The λ view: KDIGA's accuracy at every λ_IGA of the slider, and training curves of the chosen net."""
 
     state: State
-    nets: tuple[Net, ...]
-    chosen: Net
+    nets: tuple[NetView, ...]
+    chosen: NetView
     curves: dict[str, list[float]]
     weights: tuple[float, float]  # nominal and effective λ_IGA
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images (k, H, W) or (k, H, W, 3), and what the net makes of them; probabilities (2, N): clean, attacked."""
+    """Images (k, H, W) or (k, H, W, 3), predictions, and probabilities (2, N): clean, attacked."""
 
     clean: Array
     attacked: Array
@@ -179,17 +179,17 @@ class Gallery:
 
 @dataclass(frozen=True)
 class UnderAttack:
-    """The ε view: accuracy against ε from the store, and an attack made on the spot."""
+    """The ε view: stored accuracy against ε, and an attack computed for the view."""
 
     state: State
-    nets: tuple[Net, ...]
-    chosen: Net
+    nets: tuple[NetView, ...]
+    chosen: NetView
     gallery: Gallery | None
 
 
 @dataclass(frozen=True)
 class GradientMaps:
-    """Input gradients (H, W) of student and teacher at one image, and their cosine there and over test images."""
+    """Input gradients (H, W) of student and teacher at one image; their cosine at the image and its mean."""
 
     image: Array
     label: int
@@ -207,14 +207,14 @@ class Loops:
     """The loop view: a chain of self-distillation, with and without head dropout, and gradient maps of one loop."""
 
     state: State
-    chains: dict[bool, tuple[Net, ...]]
-    chosen: Net
+    chains: dict[bool, tuple[NetView, ...]]
+    chosen: NetView
     maps: GradientMaps | None
 
 
 @dataclass(frozen=True)
 class Surface:
-    """Cross-entropy (k, k) in nats around an image, and whether the label is still predicted there."""
+    """Cross-entropy (k, k) in nats around an image, and where the image is still classified correctly."""
 
     axis: Array
     loss: Array
@@ -223,10 +223,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class OneImage:
-    """The image view: both sides of Proposition 2 at one image (nats), and the loss around it."""
+    """The image view: both sides of Proposition 2 in nats, and the loss around the image."""
 
     state: State
-    chosen: Net
+    chosen: NetView
     teacher_name: str
     image: Array | None = None
     label: int = 0
@@ -239,10 +239,10 @@ ViewData = TradeOff | UnderAttack | Loops | OneImage
 
 
 def compute(state: State) -> ViewData:
-    """The data of the state's view.
+    """The data of the view that the state selects.
 
     Raises:
-        StoreError: a net that is needed is in the store, and damaged.
+        StoreError: a stored net that the view needs is damaged.
     """
     with computing(single_thread=load_data(state.params.dataset).single_thread):
         return _COMPUTE[state.view](state)
@@ -261,11 +261,11 @@ def _trade_off(state: State) -> TradeOff:
 
 
 def _under_attack(state: State) -> UnderAttack:
-    nets: dict[Run, Net] = {}
+    nets: dict[Run, NetView] = {}
     for method in state.compare:
         point = Point(method, state.params.lambda_iga, 1)
-        found = net(state.row(point), point)
-        nets.setdefault(found.run, found)
+        compared = net(state.row(point), point)
+        nets.setdefault(compared.run, compared)
     chosen = net(state.row(), state.point)
     nets[chosen.run] = chosen
     student, teacher, name = _pair(state, chosen.run)
@@ -274,16 +274,19 @@ def _under_attack(state: State) -> UnderAttack:
 
 
 def _pair(state: State, run: Run) -> tuple[nn.Module | None, nn.Module | None, str]:
-    """A net and its teacher (the TRADES teacher for one that has none), None for what is not in the store."""
+    """A net, its teacher and the teacher's name; None for a net that is not in the store.
+
+    The TRADES teacher stands in for a missing teacher.
+    """
     reference = reference_teacher(state.here)[0]
     teacher = run.teacher if isinstance(run.teacher, Run) else reference
     name = "the TRADES teacher" if teacher == reference else "the loop before"
     shape = load_data(state.params.dataset).image_shape
-    return _at_hand(run, shape), _at_hand(teacher, shape), name
+    return _stored_net(run, shape), _stored_net(teacher, shape), name
 
 
-def _at_hand(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
-    """The net to be evaluated, if it needs no training."""
+def _stored_net(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
+    """The net, ready for evaluation; None if it has to be trained first."""
     if not isinstance(source, Run):
         return _evaluated(source, shape, ())
     if not runs.is_finished(source):
@@ -294,12 +297,12 @@ def _at_hand(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | No
 
 @lru_cache(maxsize=16)
 def _evaluated(source: runs.Source, shape: tuple[int, int, int], written: tuple[int, ...]) -> nn.Module:
-    """Loaded and checked once, and again when its files were ``written`` anew."""
+    """The net, cached until the modification times ``written`` of its files change."""
     return folded_copy(runs.load(source) if isinstance(source, Run) else runs.load_or_train(source), shape)
 
 
 def _images(state: State, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` test images from the chosen one on, round the end."""
+    """``count`` test images starting with the chosen one, cyclically."""
     test = load_data(state.params.dataset).test
     if state.image >= len(test.labels):
         raise ValueError(f"image must be below {len(test.labels)}, got {state.image}")
@@ -308,7 +311,7 @@ def _images(state: State, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _pixels(images: Tensor) -> Array:
-    """Images (k, C, H, W) as matplotlib takes them: (k, H, W) or (k, H, W, 3)."""
+    """Images (k, C, H, W) in matplotlib's layout: (k, H, W) or (k, H, W, 3)."""
     return (images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)).numpy()
 
 
@@ -319,7 +322,7 @@ def _gallery(state: State, student: nn.Module, teacher: nn.Module, name: str) ->
     x_adv = pgd(student, x, y, generator=torch.Generator().manual_seed(EVALUATION_SEED))
     with torch.no_grad():
         clean, attacked = student(x), student(x_adv)
-        beside = torch.stack([teacher(x[:1])[0], teacher(x_adv[:1])[0]])
+        teacher_logits = torch.stack([teacher(x[:1])[0], teacher(x_adv[:1])[0]])
     return Gallery(
         _pixels(x),
         _pixels(x_adv),
@@ -327,7 +330,7 @@ def _gallery(state: State, student: nn.Module, teacher: nn.Module, name: str) ->
         clean.argmax(1).tolist(),
         attacked.argmax(1).tolist(),
         torch.stack([clean[0], attacked[0]]).softmax(1).numpy(),
-        beside.softmax(1).numpy(),
+        teacher_logits.softmax(1).numpy(),
         name,
     )
 
@@ -376,23 +379,14 @@ def _one_image(state: State) -> OneImage:
 
 
 def _surfaces(state: State, models: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[Surface]:
-    """Loss over the plane of the student's gradient sign and a random sign pattern, ±2ε; pixels stay in [0, 1]."""
-    reach = 2 * state.epsilon or 0.1
-    axis = torch.linspace(-reach, reach, SURFACE)
-    gradient, _ = input_gradient(models[0], x, y)
+    """Per net, the loss on the plane of random signs (rows) and the student's gradient signs (columns), up to ±2ε."""
+    radius = 2 * state.epsilon or 0.1
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    other = torch.randint(0, 2, x.shape, generator=generator) * 2.0 - 1
-    down, along = torch.meshgrid(axis, axis, indexing="ij")
-    weights = [part.reshape(-1, 1, 1, 1) for part in (along, down)]
-    plane = (x + weights[0] * gradient.sign() + weights[1] * other).clamp(0, 1)
-    labels = y.expand(len(plane))
-    found = []
-    with torch.no_grad():
-        for model in models:
-            logits = model(plane)
-            loss, correct = cross_entropy(logits, labels), logits.argmax(1) == labels
-            found.append(Surface(axis.numpy(), *(part.reshape(SURFACE, SURFACE).numpy() for part in (loss, correct))))
-    return found
+    random_signs = torch.randint(0, 2, x.shape, generator=generator) * 2.0 - 1
+    directions = random_signs, input_gradient(models[0], x, y)[0].sign()
+    axis = torch.linspace(-radius, radius, SURFACE).numpy()
+    surfaces = (loss_surface(model, x, y, directions, radius, SURFACE) for model in models)
+    return [Surface(axis, loss.numpy(), correct.numpy()) for loss, correct in surfaces]
 
 
 _COMPUTE: dict[str, Callable[[State], ViewData]] = {
@@ -403,50 +397,50 @@ _COMPUTE: dict[str, Callable[[State], ViewData]] = {
 }
 
 
-# ---- in words ----
+# ---- text ----
 
 
 def missing(state: State, row: Row | None = None) -> str:
-    """Why the chosen point has no numbers yet; empty if it has."""
+    """Why the chosen net has no results yet; empty if the net is trained."""
     chosen = (row or state.row()).runs[0]
     if runs.is_finished(chosen):
         return ""
     done = runs.epochs_done(chosen)
-    begun = f" ({done} of {chosen.schedule.epochs} epochs are done; training goes on from there)" if done else ""
+    begun = f" ({done} of {chosen.schedule.epochs} epochs are done; training continues from there)" if done else ""
     return f"{(row or state.row()).label} on {state.student}, seed {state.seed}, is not in the store{begun}."
 
 
 def is_empty(state: State) -> bool:
-    """Whether the store has none of the nets that the λ view of this scale, student and seed can show."""
+    """Whether the store has no net for the λ view of this scale, student and seed."""
     points = [Point("st"), *(Point("kdiga", weight) for weight in state.lambdas)]
     return not any(runs.is_finished(state.row(point).runs[0]) for point in points)
 
 
 def words(data: ViewData) -> str:
-    """The controls' values and what was found, in one line of plain text."""
+    """The values of the controls and the results, as one line of plain text."""
     state, chosen = data.state, data.chosen
     match data:
         case TradeOff():
             where = f"λ_IGA = {state.lambda_iga:g}"
-            found = "nominal {:g}, effective {:.2g}; ".format(*data.weights) + _accuracies(chosen)
+            results = "nominal {:g}, effective {:.2g}; ".format(*data.weights) + _accuracies(chosen)
         case UnderAttack():
             where = f"ε = {radius_text(state.epsilon)}"
-            found = _accuracies(chosen) + _gallery_words(data)
+            results = _accuracies(chosen) + _gallery_words(data)
         case Loops():
             where = f"loop {state.loop}, image {state.image}"
             llm = "" if chosen.llm is None else f"; LLM {chosen.llm[0]:.3f} ± {1.96 * chosen.llm[1]:.3f} nats"
-            found = _accuracies(chosen) + llm + _map_words(data.maps)
+            results = _accuracies(chosen) + llm + _map_words(data.maps)
         case OneImage():
             where = f"ε = {radius_text(state.epsilon)}, image {state.image}"
             sides = f"measured gap {data.gap:.3f}, bound {sum(data.terms.values()):.3f} nats"
-            found = f"label {data.label}; {sides}" if data.terms else "its teacher is not in the store"
+            results = f"label {data.label}; {sides}" if data.terms else "the teacher is not in the store"
     if not chosen.trained:
         return f"{where}: {missing(state)}"
-    return f"{where}: {chosen.label}, {state.student}, seed {state.seed}: {found}. Run {run_key(chosen.run)}."
+    return f"{where}: {chosen.label}, {state.student}, seed {state.seed}: {results}. Run {run_key(chosen.run)}."
 
 
-def _accuracies(net: Net) -> str:
-    texts = [f"{pretty(name)} {_percent(value)}" for name, value in net.accuracies.items() if "@" not in name]
+def _accuracies(net: NetView) -> str:
+    texts = [f"{metric_name(name)} {_percent(value)}" for name, value in net.accuracies.items() if "@" not in name]
     return ", ".join(texts) or "not measured yet"
 
 
@@ -454,24 +448,17 @@ def _percent(value: Accuracy) -> str:
     return f"{value.percent:.1f} % [{value.low:.1f}, {value.high:.1f}]"
 
 
-def pretty(metric: str) -> str:
-    """A metric as a reader writes it."""
-    if metric.startswith("pgd"):
-        return f"PGD-{metric[3:]}"
-    return {"autoattack": "AutoAttack"}.get(metric, metric)
-
-
 def _gallery_words(data: UnderAttack) -> str:
     if data.gallery is None:
         return ""
     gallery = data.gallery
-    kept = sum(guess == label for guess, label in zip(gallery.guesses_attacked, gallery.labels, strict=True))
+    correct = sum(guess == label for guess, label in zip(gallery.guesses_attacked, gallery.labels, strict=True))
     before, after = gallery.student[:, gallery.labels[0]]
-    shown = f"; of the {len(gallery.labels)} images shown {kept} withstand"
+    shown = f"; of the {len(gallery.labels)} images shown, {correct} are still classified correctly"
     return f"{shown}; image {data.state.image}: P(label {gallery.labels[0]}) {before:.2f} → {after:.2f}"
 
 
 def _map_words(maps: GradientMaps | None) -> str:
     if maps is None:
         return ""
-    return f"; cosine with {maps.teacher_name} {maps.cosine:.3f}, mean of {maps.images} images {maps.mean_cosine:.3f}"
+    return f"; cosine with {maps.teacher_name} {maps.cosine:.3f}, mean over {maps.images} images {maps.mean_cosine:.3f}"

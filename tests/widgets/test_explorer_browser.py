@@ -248,7 +248,7 @@ def test_after_a_kernel_restart_a_training_goes_on(tmp_path: Path, store: Path, 
         run_all_cells(page, restart=True)
         assert 0 < done < row.runs[0].schedule.epochs
         assert not runs.is_finished(row.runs[0]), "the training must have ended with its kernel"
-        wait_for_text(page, "of 16 epochs are done; training goes on from there")
+        wait_for_text(page, "of 16 epochs are done; training continues from there")
         page.get_by_role("button", name="Train this point").click()
         wait_for_status(page, "Trained and measured")
         assert runs.is_finished(row.runs[0])

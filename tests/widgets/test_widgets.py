@@ -1,4 +1,4 @@
-"""The explorer without a browser: what is computed, what is drawn, what the handlers do, and training beside it."""
+"""The explorer without a browser: data, figures, handlers, and training in another process."""
 
 import base64
 import io
@@ -29,9 +29,10 @@ from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, ancestors
 from kdiga_nb.runs.store import is_finished
-from kdiga_nb.widgets import Explorer, State, compute, draw, drawing, image_bytes, table, words
+from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, table, words
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
+from kdiga_nb.widgets.fast_axes import set_ticks
 from kdiga_nb.widgets.views import SURFACE, Loops, OneImage, TradeOff, UnderAttack
 
 each_view = pytest.mark.parametrize("view", VIEWS)
@@ -209,7 +210,7 @@ def test_ticks_stand_and_read_as_matplotlib_would_set_them(scale: str, low: floa
         return made
 
     theirs, ours = figure(), figure()
-    drawing._set_ticks(ours.axes[0], grid=True)
+    set_ticks(ours.axes[0], grid=True)
     for made in (theirs, ours):
         made.canvas.draw()
     axes = theirs.axes[0]
@@ -395,7 +396,7 @@ def test_a_folder_that_cannot_be_written_is_said(
     assert "cannot be written: Not a directory" in status_of(explorer)
 
 
-# ---- training beside the kernel ----
+# ---- training in another process ----
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:

@@ -1,0 +1,130 @@
+"""Figures of the studies: robustness audit, certified radii, tightness of Proposition 2, main effects."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from kdiga_nb.artifacts.studies import Effect
+from kdiga_nb.artifacts.table import Experiment
+from kdiga_nb.audit.verdict import Found, sweep
+from kdiga_nb.report.figures import PALETTE, one_panel, plain_axes
+from kdiga_nb.report.numbers import metric_name, results, short
+
+
+def plot_audit(audits: Mapping[str, Found], title: str) -> Figure:
+    """Accuracy against radius and against step size, and loss against steps; one line per net."""
+    figure, panels = plt.subplots(1, 3, figsize=(12.0, 4.2), layout="constrained")
+    for index, (net, audit) in enumerate(audits.items()):
+        style: dict[str, Any] = {"color": PALETTE[index], "marker": "o", "markersize": 4}
+        label = short(net)
+        radii = [*sweep(audit, "pgd@"), (0.0, audit["clean"]["percent"]), (1.0, audit["pgd"]["percent"])]
+        panels[0].plot(*zip(*sorted(radii), strict=True), label=label, **style)
+        panels[1].plot(*zip(*sweep(audit, "step@"), strict=True), **style)
+        panels[2].plot(audit["gradients"]["steps"], audit["gradients"]["loss"], **style)
+    for axes, label in zip(panels, ("radius / ε", "step size / ε", "steps"), strict=True):
+        plain_axes(axes)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("accuracy under PGD (%)")
+    panels[1].set_ylabel("accuracy under PGD (%)")
+    panels[1].set_xscale("log")
+    panels[1].set_xticks([0.02, 0.05, 0.1, 0.2, 0.5], ["0.02", "0.05", "0.1", "0.2", "0.5"])
+    panels[1].minorticks_off()
+    panels[2].set_xscale("symlog", linthresh=1)
+    panels[2].set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    panels[2].set_ylabel("mean cross-entropy (nats)")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_surfaces(audits: Mapping[str, Found], title: str) -> Figure:
+    """Cross-entropy around one image, up to 2ε along the gradient's signs and along random signs; one panel per net."""
+    figure, panels = plt.subplots(
+        1, len(audits), figsize=(2.5 * len(audits) + 0.8, 3.0), layout="constrained", squeeze=False
+    )
+    highest = max(np.max(audit["gradients"]["surface"]) for audit in audits.values())
+    image: Any = None
+    for axes, (net, audit) in zip(panels[0], audits.items(), strict=True):
+        surface, radius = np.array(audit["gradients"]["surface"]), audit["gradients"]["surface_radius"]
+        reach, half = (-radius, radius, -radius, radius), radius / 2
+        image = axes.imshow(surface.T, extent=reach, origin="lower", cmap="viridis", vmin=0, vmax=highest)
+        axes.add_patch(plt.Rectangle((-half, -half), radius, radius, fill=False, edgecolor="white", linestyle="--"))
+        axes.set_title(short(net), fontsize=9)
+        axes.set_xlabel("along sign(g)")
+    panels[0][0].set_ylabel("along random signs")
+    figure.colorbar(image, ax=panels[0], label="nats", pad=0.01)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_radii(experiment: Experiment, names: Sequence[str], title: str) -> Figure:
+    """Certified radius of the student against that of its teacher; one dot per image and seed."""
+    figure, panels = plt.subplots(1, len(names), figsize=(4.1 * len(names), 4.4), layout="constrained", sharey=True)
+    for index, (axes, name) in enumerate(zip(np.atleast_1d(panels), names, strict=True)):
+        certified = results(experiment.row(name), "radius_crown")
+        teacher = [radius for result in certified for radius in result["teacher_radii"]]
+        student = [radius for result in certified for radius in result["radii"]]
+        limit = 1.05 * max([*teacher, *student, 1e-3])
+        axes.plot([0, limit], [0, limit], color="black", linewidth=0.8)
+        axes.scatter(teacher, student, s=8, alpha=0.35, color=PALETTE[index], linewidths=0)
+        kept = 100 * float(np.mean(np.array(student) >= np.array(teacher)))
+        axes.set_title(f"{short(experiment.row(name).label)}\n{kept:.0f} % at or above the teacher", fontsize=9)
+        axes.set_xlabel("teacher's certified radius")
+        plain_axes(axes)
+    np.atleast_1d(panels)[0].set_ylabel("student's certified radius (pixels in [0, 1])")
+    figure.suptitle(title)
+    return figure
+
+
+def plot_tightness(experiment: Experiment, title: str) -> Figure:
+    """Measured gap against three forms of Proposition 2's bound; one dot per image, violations above the diagonal."""
+    forms = {
+        "bound": "dual norm, CE_s + CE_t",
+        "bound_tight": "dual norm, |CE_s − CE_t|",
+        "bound_l2": "ℓ2 norm, as Table 3 prints it",
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(12.0, 4.6), layout="constrained", sharey=True)
+    for axes, (form, name) in zip(panels, forms.items(), strict=True):
+        broken, total = 0, 0
+        for index, row in enumerate(experiment.rows):
+            (images,) = [result["images"] for result in results(row, "gap")]
+            gap, bound = np.array(images["gap"]), np.array(images[form])
+            broken, total = broken + int((gap > bound).sum()), total + len(gap)
+            axes.scatter(bound, gap, s=7, alpha=0.4, color=PALETTE[index], linewidths=0, label=short(row.label))
+        axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="bound (nats)")
+        axes.set_title(f"{name}\n{broken} of {total} images above the diagonal", fontsize=9)
+        plain_axes(axes)
+    panels[0].set_ylabel("measured gap (nats)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, markerscale=2
+    )
+    for handle in legend.legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_effects(effects: Mapping[str, Sequence[Effect]], title: str) -> Figure:
+    """Main effects with 95 % intervals: one line per choice, one colour per metric."""
+    first = next(iter(effects.values()))
+    figure, axes = one_panel(8.6, 1.2 + 0.5 * len(first))
+    step = 0.6 / len(effects)
+    for index, (metric, levels) in enumerate(effects.items()):
+        places = np.arange(len(levels)) + (index - (len(effects) - 1) / 2) * step
+        points = np.array([effect.points for effect in levels])
+        error = np.array([[effect.points - effect.low, effect.high - effect.points] for effect in levels]).T
+        axes.errorbar(points, places, xerr=error, fmt="o", capsize=3, color=PALETTE[index], label=metric_name(metric))
+    axes.axvline(0, color="black", linewidth=0.8)
+    choices = [f"{effect.factor.name}: {effect.factor.low} → {effect.factor.high}" for effect in first]
+    axes.set_yticks(range(len(first)), choices, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("change of accuracy (percentage points)")
+    axes.set_title(title)
+    axes.legend(fontsize=9, frameon=False)
+    return figure
