@@ -16,13 +16,12 @@ import torch
 from side_by_side import alternate, machine
 from torch import Tensor, nn
 
-from kdiga_nb import paths
 from kdiga_nb.artifacts.paper import table1
 from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import load_data
 from kdiga_nb.numerics.folding import folded_copy
-from kdiga_nb.params import Table1Params, read
+from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.runs.store import load_or_train
 
 EPSILON, STEPS = 0.1, 20
@@ -101,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers' own
     torch.set_num_threads(1)
-    run = table1(read(Table1Params, paths.params("digits", "table1"))).row("kdiga").runs[0]
+    run = table1(at_scale(Table1Params, "digits")).row("kdiga").runs[0]
     model = load_or_train(run, device="cpu").requires_grad_(False)
     data = load_data("digits")
     x, y = data.test.images[: arguments.images], data.test.labels[: arguments.images]

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from side_by_side import machine
 
-from kdiga_nb import paths, runs
-from kdiga_nb.params import VIEWS, ExploreParams, read
+from kdiga_nb import runs
+from kdiga_nb.params import VIEWS, ExploreParams, at_scale
 from kdiga_nb.runs import StoreError
 from kdiga_nb.widgets import Explorer, State
 
@@ -71,10 +71,10 @@ def _summary(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(description="Latency of the explorer on points that the store has, as JSON.")
-    parser.add_argument("--scale", default="digits", help="a folder of params/")
+    parser.add_argument("--scale", default="digits", help="a file of params/")
     parser.add_argument("--moves", type=int, default=40, help="moves measured in each view")
     arguments = parser.parse_args()
-    print(json.dumps(measure(read(ExploreParams, paths.params(arguments.scale, "explore")), arguments.moves), indent=1))
+    print(json.dumps(measure(at_scale(ExploreParams, arguments.scale), arguments.moves), indent=1))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ import torch
 from side_by_side import alternate, machine
 from torch import Tensor, nn
 
-from kdiga_nb import paths
 from kdiga_nb.artifacts.paper import table1
 from kdiga_nb.data import DataError, load_data
 from kdiga_nb.losses import cross_entropy, distillation_kl, gradient_distance, input_gradient
 from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
-from kdiga_nb.params import Table1Params, read
+from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.runs.store import load_or_train
 from kdiga_nb.training import train_step
 
@@ -128,7 +127,7 @@ def compare(student: nn.Module, teacher: nn.Module, x: Tensor, y: Tensor, rounds
 
 def digits(rounds: int) -> dict[str, Any]:
     """The KDIGA student of Table 1 and its teacher."""
-    run = table1(read(Table1Params, paths.params("digits", "table1"))).row("kdiga").runs[0]
+    run = table1(at_scale(Table1Params, "digits")).row("kdiga").runs[0]
     assert run.teacher is not None
     data = load_data("digits")
     student, teacher = (load_or_train(source, device="cpu") for source in (run, run.teacher))

@@ -19,14 +19,13 @@ from side_by_side import machine
 from sklearn.model_selection import StratifiedKFold
 from torch import nn
 
-from kdiga_nb import paths
 from kdiga_nb.artifacts.recipes import method_of, schedule_of, teacher_schedule, training_attack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Split, load_data
 from kdiga_nb.methods import KD, KDIGA, ST, TRADES, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import build_model
-from kdiga_nb.params import Table1Params, read
+from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.training import Schedule, train
 
 
@@ -113,7 +112,7 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--self-weights", type=float, nargs="+", default=[5.0, 10.0, 20.0, 30.0, 60.0])
     arguments = parser.parse_args()
-    params = read(Table1Params, paths.params(arguments.scale, "table1"))
+    params = at_scale(Table1Params, arguments.scale)
     found: list[dict[str, tuple[float, float]]] = []
     every = folds(load_data(params.dataset), arguments.folds, arguments.seed, params.train_images)
     torch.set_num_threads(1)

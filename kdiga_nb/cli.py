@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,9 +24,19 @@ from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.audit.measures import COMPARES, plan
 from kdiga_nb.audit.verdict import verdict
 from kdiga_nb.measures import TestAccuracy
-from kdiga_nb.notebooks import _run_notebooks, _Summary, artefact_names, load, model_of, scales
+from kdiga_nb.notebooks import ARTEFACTS, Summary, load, model_of, run_notebooks
 from kdiga_nb.numerics import distributed
-from kdiga_nb.params import ParameterError, Radius, parse_override, read
+from kdiga_nb.params import (
+    ParameterError,
+    Radius,
+    describe_settings,
+    did_you_mean,
+    load_yaml,
+    parse_override,
+    read,
+    scales,
+    unknown_key,
+)
 from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
 from kdiga_nb.runs.graph import Job, Outcome, default_workers, graph_of, run_all, title
 from kdiga_nb.runs.run import run_key
@@ -50,8 +61,15 @@ def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
     known = sorted({field for name in names for field in model_of(name).model_fields})
     for key in overrides:
         if key not in known:
-            raise ParameterError(f"--set {key}: unknown key; known are {', '.join(known)}")
+            raise ParameterError(f"--set {unknown_key(key, known)}")
     return overrides
+
+
+def _one_of(option: str, value: str, names: Sequence[str]) -> str:
+    """The value, if it is one of the names; else the command ends."""
+    if value not in names:
+        raise _fail(f"{option}: must be one of {', '.join(names)}{did_you_mean(value, names)}, got {value!r}")
+    return value
 
 
 DataOption = Annotated[
@@ -109,7 +127,7 @@ def _executor(address: str | None, stack: ExitStack) -> Executor | None:
 
 @app.command()
 def reproduce(
-    scale: Annotated[str, typer.Option(help="A folder of params/: smoke, digits, …")] = "digits",
+    scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
     only: Annotated[list[str] | None, typer.Option(help="Artefacts to make: --only table1, or several.")] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, help="Further artefacts after --only.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
@@ -117,27 +135,22 @@ def reproduce(
     executor: ExecutorOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and do nothing.")] = False,
     again: Annotated[bool, typer.Option(help="Also run the notebooks whose inputs have not changed.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of every parameter file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the scale's file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
     started = time.perf_counter()
     _use_data(data_)
-    if scale not in scales():
-        raise _fail(f"--scale: must be one of {', '.join(scales())}, got {scale!r}")
-    known = artefact_names(scale)
+    _one_of("--scale", scale, scales())
     if more and not only:
         raise _fail(f"unexpected argument {more[0]!r}; artefacts are named with --only")
-    names = [*(only or known), *(more or [])]
-    for name in names:
-        if name not in known:
-            raise _fail(f"--only: must be one of {', '.join(known)}, got {name!r}")
+    names = [_one_of("--only", name, ARTEFACTS) for name in [*(only or ARTEFACTS), *(more or [])]]
     try:
         overrides = _overrides(set_, names)
         experiments = {name: load(scale, name, overrides) for name in names}
     except ParameterError as error:
         raise _fail(str(error)) from None
     except ValueError as error:  # two values that are fine alone and impossible together
-        raise _fail(f"params/{scale}: {error}") from None
+        raise _fail(f"params/{scale}.yaml: {error}") from None
     todo = list(dict.fromkeys(job for found in experiments.values() if found for job in found.jobs()))
     if dry_run:
         _print_plan(experiments, todo)
@@ -151,7 +164,7 @@ def reproduce(
     workers = jobs or default_workers(_device(experiments))
     with ExitStack() as stack:
         outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
-    summary = _run_notebooks(scale, experiments, overrides, workers, again)
+    summary = run_notebooks(scale, experiments, overrides, workers, again)
     _print_summary(outcome, summary, scale, time.perf_counter() - started)
     if outcome.failed or summary.failed:
         raise typer.Exit(1)
@@ -206,7 +219,7 @@ def _train_and_measure(
             raise _fail(str(error), 1) from None
 
 
-def _print_summary(outcome: Outcome, summary: _Summary, scale: str, seconds: float) -> None:
+def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: float) -> None:
     typer.echo(f"runs and measurements: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
@@ -222,7 +235,10 @@ def _shown(path: Path) -> str:
 
 @app.command()
 def train(
-    file: Annotated[Path, typer.Argument(help="A parameter file, e.g. params/digits/table1.yaml.")],
+    file: Annotated[Path, typer.Argument(help="A parameter file, e.g. params/digits.yaml, or one of your own.")],
+    artefact: Annotated[
+        str | None, typer.Option(help="Of which artefact, e.g. table1; the file may say it: `artefact: table1`.")
+    ] = None,
     row: Annotated[str | None, typer.Option(help="Only this row, e.g. kdiga.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a GPU, or one a core.")] = 0,
     data_: DataOption = None,
@@ -234,20 +250,14 @@ def train(
     Over several GPUs of a machine, or several machines: torchrun --nproc_per_node N -m kdiga_nb train FILE.
     """
     _use_data(data_)
-    if file.stem not in EVERY:
-        raise _fail(f"{file}: the file's name must be one of {', '.join(EVERY)}")
-    try:
-        overrides = _overrides(set_, [file.stem])
-        artifact = EVERY[file.stem]
-        experiment = artifact.build(read(artifact.params, file.resolve(), overrides))
-        rows = [experiment.row(row)] if row else list(experiment.rows)
-    except ValueError as error:
-        raise _fail(str(error) if isinstance(error, ParameterError) else f"{file}: {error}") from None
+    name, experiment = _experiment_of(file, artefact, set_)
+    ids = [one.id for one in experiment.rows]
+    rows = [experiment.row(_one_of("--row", row, ids))] if row else list(experiment.rows)
     if row and not rows[0].runs:
         raise _fail(f"{file}: row {row} has no net at this scale")
     todo = list(dict.fromkeys(Job(run) for row in rows for run in row.runs))
     _check_sources(todo)
-    experiments: dict[str, Experiment | None] = {file.stem: experiment}
+    experiments: dict[str, Experiment | None] = {name: experiment}
     with ExitStack() as stack:
         distributed.join()
         stack.callback(distributed.leave)
@@ -260,6 +270,41 @@ def train(
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _experiment_of(file: Path, artefact: str | None, set_: list[str] | None) -> tuple[str, Experiment]:
+    """The artefact that a parameter file, or the option, names, and its experiment."""
+    try:
+        artefact = artefact or load_yaml(file, str(file)).get("artefact")
+        if artefact is None:
+            known = ", ".join(EVERY)
+            raise ParameterError(f"{file}: --artefact, or a key `artefact` in the file, must be one of {known}")
+        name = _one_of("--artefact", str(artefact), list(EVERY))
+        params = read(EVERY[name].params, file.resolve(), _overrides(set_, [name]))
+        return name, EVERY[name].build(params)
+    except ParameterError as error:
+        raise _fail(str(error)) from None
+    except ValueError as error:  # two values that are fine alone and impossible together
+        raise _fail(f"{file}: {error}") from None
+
+
+@app.command("params")
+def params_command(
+    artefact: Annotated[str, typer.Argument(help="Whose settings, e.g. table1.")] = "table1",
+    scale: Annotated[str, typer.Option(help="At which scale.")] = "digits",
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List every setting of an artefact: value at the scale, default, allowed values, meaning and source."""
+    _one_of("--scale", scale, scales())
+    model = model_of(_one_of("artefact", artefact, ARTEFACTS))
+    settings = describe_settings(model, scale)
+    if json_:
+        typer.echo(json.dumps(settings, indent=1, ensure_ascii=False))
+        return
+    for one in settings:
+        typer.echo(f"{one['name']} = {one['value']}")
+        default = "" if one["default"] is None else f"; default {one['default']}"
+        typer.echo(f"    {one['meaning']}; {one['allowed']}{default}")
 
 
 def _source(target: str, model: str | None) -> Checkpoint:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,34 +19,11 @@ from tqdm import tqdm
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.table import Experiment
-from kdiga_nb.params import ParameterError, WalkthroughParams, read
+from kdiga_nb.params import ParameterError, WalkthroughParams, at_scale
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import environment, measured
 
-
-def scales() -> list[str]:
-    """The folders of ``params/``."""
-    return sorted(path.name for path in paths.PARAMS.iterdir() if path.is_dir())
-
-
-def notebook_parameters(notebook: Path) -> set[str]:
-    """The names that a notebook's ``parameters`` cell assigns."""
-    import ast
-
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            tree = ast.parse(cell.source)
-            targets = [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
-            targets += [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-            return {target.id for target in targets if isinstance(target, ast.Name)}
-    return set()
-
-
-def artefact_names(scale: str) -> list[str]:
-    """The notebooks that a scale has parameter files for, in reading order."""
-    order = [*EVERY, "walkthrough"]
-    found = {path.stem for path in (paths.PARAMS / scale).glob("*.yaml")}
-    return [name for name in order if name in found]
+ARTEFACTS = (*EVERY, "walkthrough")  # one notebook each, in reading order
 
 
 def model_of(name: str) -> type[BaseModel]:
@@ -53,40 +31,50 @@ def model_of(name: str) -> type[BaseModel]:
     return EVERY[name].params if name in EVERY else WalkthroughParams
 
 
-def load(scale: str, name: str, overrides: dict[str, Any]) -> Experiment | None:
-    """The experiment of an artefact at a scale, its parameter file checked; None for a notebook that only explains.
+def load(scale: str, name: str, overrides: Mapping[str, Any]) -> Experiment | None:
+    """The experiment of an artefact at a scale; None for the walkthrough, which has no table.
 
-    Overrides that the notebook has no parameter for are left out.
+    Overrides that the artefact has no setting for are left out.
 
     Raises:
         ParameterError: a key or value that cannot be used.
     """
-    path = paths.params(scale, name)
-    known = notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb")
-    params: Any = read(model_of(name), path, {key: value for key, value in overrides.items() if key in known})
-    foreign = set(type(params).model_fields) - known
-    if foreign:
-        raise ParameterError(f"notebooks/{name}.ipynb: {', '.join(sorted(foreign))}: not in its parameters cell")
-    if params.scale != scale:
-        raise ParameterError(f"params/{scale}/{path.name}: scale: must be {scale}, got {params.scale!r}")
+    params: Any = _params(scale, name, overrides)
     return EVERY[name].build(params) if name in EVERY else None
 
 
+def _params(scale: str, name: str, overrides: Mapping[str, Any]) -> BaseModel:
+    if overrides.get("scale", scale) != scale:
+        raise ParameterError(f"--set scale: must be {scale}, got {overrides['scale']!r}")
+    return at_scale(model_of(name), scale, _own(name, overrides))
+
+
+def _own(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in overrides.items() if key in model_of(name).model_fields}
+
+
 @dataclass
-class _Summary:
+class Summary:
+    """What became of the notebooks: run, up to date, or failed and why."""
+
     made: list[str]
     cached: list[str]
     failed: dict[str, str]
 
 
-def _run_notebooks(
+def run_notebooks(
     scale: str, experiments: dict[str, Experiment | None], overrides: dict[str, Any], workers: int, again: bool
-) -> _Summary:
-    """Each notebook in a papermill process of its own; one that fails leaves its output and stops no other."""
+) -> Summary:
+    """Run each notebook in its own papermill process; one that fails leaves its output and stops no other.
+
+    Args:
+        workers: processes at a time.
+        again: also run the notebooks that are up to date.
+    """
     home = paths.executed(scale)
     inputs = {name: _inputs(scale, name, found, overrides) for name, found in experiments.items()}
     cached = [name for name in inputs if not again and _is_current(scale, name, inputs[name])]
-    summary = _Summary([], cached, {})
+    summary = Summary([], cached, {})
     todo = [name for name in inputs if name not in cached]
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="notebooks", disable=not todo) as bar:
         futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in todo}
@@ -103,14 +91,14 @@ def _run_notebooks(
 
 
 def _inputs(scale: str, name: str, experiment: Experiment | None, overrides: dict[str, Any]) -> str:
-    """A hash of everything a notebook's output follows from: its cells, the parameters, the code, the measures."""
+    """A hash of everything a notebook's output depends on: its cells, parameters, the code and the measurements."""
     cells = [cell.source for cell in nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells]
     jobs = experiment.jobs() if experiment else []
     results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
     code = [path.read_text() for path in sorted((paths.ROOT / "kdiga_nb").rglob("*.py"))]
     keys = [run_key(job.run) for job in jobs]
     versions = environment(torch.device("cpu"))
-    parts = [cells, paths.params(scale, name).read_text(), overrides, keys, results, code, versions]
+    parts = [cells, _params(scale, name, overrides).model_dump(), keys, results, code, versions]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -139,10 +127,8 @@ def _stamp(scale: str, name: str, inputs: str) -> None:
 def _papermill(scale: str, name: str, overrides: dict[str, Any], home: Path) -> str | None:
     """Run one notebook; the reason if it failed."""
     command = [sys.executable, "-m", "papermill", str(paths.NOTEBOOKS / f"{name}.ipynb"), str(home / f"{name}.ipynb")]
-    command += ["-f", str(paths.params(scale, name)), "--no-progress-bar", "--no-log-output", "-k", "python3"]
-    for key in overrides.keys() & model_of(name).model_fields.keys():
-        value = overrides[key]
-        command += ["-y", json.dumps({key: value})]
+    parameters = {"scale": scale, "settings": _own(name, overrides)}
+    command += ["-y", json.dumps(parameters), "--no-progress-bar", "--no-log-output", "-k", "python3"]
     finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
     if finished.returncode == 0:
         return None

@@ -37,6 +37,6 @@ def checkpoints() -> Path:
     return data() / "checkpoints"
 
 
-def params(scale: str, artifact: str) -> Path:
-    """The papermill parameter file of an artefact at a scale."""
-    return PARAMS / scale / f"{artifact}.yaml"
+def params(scale: str) -> Path:
+    """The settings of a scale."""
+    return PARAMS / f"{scale}.yaml"

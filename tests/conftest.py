@@ -21,7 +21,7 @@ from kdiga_nb.artifacts.explore import explore
 from kdiga_nb.data import Augmentation, Data, Split, load_data
 from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
-from kdiga_nb.params import ExploreParams, read
+from kdiga_nb.params import ExploreParams, at_scale
 from kdiga_nb.runs.graph import run_all
 from kdiga_nb.training import Schedule, train
 
@@ -138,7 +138,7 @@ def trained(digits: Data) -> nn.Module:
 def small() -> ExploreParams:
     """The explorer at settings that train in seconds."""
     changes = {"autoattack_images": 0, "epochs": 3, "batch_size": 64, "epsilon": 0.1, "show_epsilon": 0.1}
-    return read(ExploreParams, paths.params("smoke", "explore"), changes)
+    return at_scale(ExploreParams, "smoke", changes)
 
 
 @pytest.fixture(scope="session")

@@ -20,13 +20,13 @@ from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
 from kdiga_nb.cli import app
-from kdiga_nb.notebooks import artefact_names, notebook_parameters
-from kdiga_nb.params import Table1Params, Table5Params, read
+from kdiga_nb.notebooks import ARTEFACTS
+from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
 from kdiga_nb.runs.run import ancestors, run_key
 from kdiga_nb.runs.store import list_store
 
-SMOKE = paths.PARAMS / "smoke"
+SMOKE = paths.PARAMS / "smoke.yaml"
 
 
 def kdiga(*arguments: str, env: dict[str, str] | None = None) -> Result:
@@ -87,11 +87,18 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "device=cuda:99"], "device: .*cuda:99"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "loops=3"], "loops: unknown key"),
         (["reproduce", "--scale", "smoke", "--set", "milestones=[7]"], "milestones: must rise"),
-        (["train", str(SMOKE / "table5.yaml"), "--row", "kdigo"], "row must be one of kdiga_fgsm, .*, got 'kdigo'"),
-        (["train", str(SMOKE / "table5.yaml"), "--set", "seeds=[]"], "seeds: .*at least 1 item"),
-        (["train", str(SMOKE / "table2.yaml"), "--row", "kdiga_vit_base_to_cnn"], "has no net at this scale"),
+        (
+            ["train", str(SMOKE), "--artefact", "table5", "--row", "kdigo"],
+            "--row: must be one of kdiga_fgsm, .*, got 'kdigo'",
+        ),
+        (["train", str(SMOKE), "--artefact", "table5", "--set", "seeds=[]"], "seeds: .*at least 1 item"),
+        (["train", str(SMOKE), "--artefact", "table2", "--row", "kdiga_vit_base_to_cnn"], "has no net at this scale"),
         (["train", "somewhere/table5.yaml"], "there is no such file"),
-        (["train", "somewhere/other.yaml"], "the file's name must be one of figure1"),
+        (["train", "somewhere/other.yaml", "--artefact", "table1"], "there is no such file"),
+        (["train", str(SMOKE)], "--artefact, or a key `artefact` in the file, must be one of figure1"),
+        (["train", str(SMOKE), "--artefact", "tabel1"], r"--artefact: must be one of figure1, .*did you mean table1\?"),
+        (["params", "table7"], r"artefact: must be one of .*did you mean table\d\?\), got 'table7'"),
+        (["params", "table1", "--scale", "cifar"], r"--scale: must be one of .*did you mean cifar10\?\), got 'cifar'"),
     ],
     ids=lambda value: " ".join(value[1:]).replace(str(SMOKE), "") if isinstance(value, list) else "",
 )
@@ -108,7 +115,7 @@ def test_refused_in_one_line(arguments: list[str], says: str, own_figures: Path)
 def test_a_store_that_cannot_be_written_is_said_in_one_line(tmp_path: Path):
     (tmp_path / "file").touch()
     env = {"KDIGA_RUNS": str(tmp_path / "file" / "runs")}
-    result = kdiga("train", str(SMOKE / "table5.yaml"), "--row", "fgsm_at", "--jobs", "1", env=env)
+    result = kdiga("train", str(SMOKE), "--artefact", "table5", "--row", "fgsm_at", "--jobs", "1", env=env)
     assert result.exit_code == 1
     assert "cannot be written" in result.output
     assert "Traceback" not in result.output
@@ -128,7 +135,7 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
     for name in EVERY:
         assert f"{name}: " in result.stdout
     assert "trainings: 0 cached" in result.stdout
-    teacher = table5(read(Table5Params, SMOKE / "table5.yaml")).row("kdiga_fgsm").runs[0].teacher
+    teacher = table5(at_scale(Table5Params, "smoke")).row("kdiga_fgsm").runs[0].teacher
     assert teacher is not None
     # Figure 1 and Tables 1, 3, 4 and 5 distil from it, and it is listed to be trained once.
     assert sum(line.strip().startswith(run_key(teacher)) for line in result.stdout.splitlines()) == 1
@@ -137,25 +144,46 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
 
 
 def test_artefacts_are_named_in_reading_order():
-    names = [name for name in artefact_names("smoke") if name != "walkthrough"]
-    assert names == list(EVERY)
+    assert (*EVERY, "walkthrough") == ARTEFACTS
+    assert {path.stem for path in paths.NOTEBOOKS.glob("*.ipynb")} == set(ARTEFACTS)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_the_parameters_of_a_notebook_are_read_from_its_cell(name: str):
-    assert notebook_parameters(paths.NOTEBOOKS / f"{name}.ipynb") == set(EVERY[name].params.model_fields)
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_every_setting_is_listed_with_its_meaning(name: str):
+    settings = json.loads(kdiga("params", name, "--scale", "cifar10", "--json").stdout)
+    model = EVERY[name].params if name in EVERY else models()["walkthrough"]
+    assert [one["name"] for one in settings] == list(model.model_fields)
+    assert all(one["meaning"] and one["allowed"] for one in settings)
+    values = {one["name"]: one["value"] for one in settings}
+    assert (values["scale"], values["epsilon"]) == ("cifar10", 8 / 255)
+    text = kdiga("params", name, "--scale", "cifar10").stdout
+    assert [line.split(" = ")[0] for line in text.splitlines() if not line.startswith(" ")] == list(values)
+
+
+def test_a_parameter_file_of_ones_own(tmp_path: Path):
+    file = tmp_path / "my_run.yaml"
+    file.write_text("scale: smoke\nlambda_iga: 3\nsettings:\n  batch_size: 128\n")
+    (line,) = kdiga("train", str(file), "--row", "kdiga").stderr.splitlines()
+    assert re.search(r"my_run\.yaml: --artefact, or a key `artefact` in the file, must be one of figure1, table1", line)
+    file.write_text(file.read_text() + "artefact: table1\n")
+    assert kdiga("train", str(file), "--row", "kdiga", "--jobs", "1").exit_code == 0
+    own = at_scale(Table1Params, "smoke", {"lambda_iga": 3, "batch_size": 128})
+    wanted = ancestors(EVERY["table1"].build(own).row("kdiga").runs)
+    assert {entry["key"] for entry in list_store()} == {run_key(run) for run in wanted}
 
 
 def test_train_one_row_and_list_it(own_figures: Path):
-    file = SMOKE / "table1.yaml"
-    row = EVERY["table1"].build(read(Table1Params, file)).row("kdiga")
-    result = kdiga("train", str(file), "--row", "kdiga", "--jobs", "1")
+    row = EVERY["table1"].build(at_scale(Table1Params, "smoke")).row("kdiga")
+    result = kdiga("train", str(SMOKE), "--artefact", "table1", "--row", "kdiga", "--jobs", "1")
     assert result.exit_code == 0
     assert "runs: 2 made, 0 cached, 0 failed" in result.stdout
     assert {entry["key"] for entry in list_store()} == {run_key(run) for run in ancestors(row.runs)}
     assert not own_figures.exists()
 
-    assert "runs: 0 made, 2 cached, 0 failed" in kdiga("train", str(file), "--row", "kdiga", "--jobs", "1").stdout
+    assert (
+        "runs: 0 made, 2 cached, 0 failed"
+        in kdiga("train", str(SMOKE), "--artefact", "table1", "--row", "kdiga", "--jobs", "1").stdout
+    )
     entries = json.loads(kdiga("runs", "--json").stdout)
     assert {entry["state"] for entry in entries} == {"finished"}
     lines = kdiga("runs").stdout.splitlines()
@@ -169,7 +197,7 @@ def test_an_empty_store_is_listed_too():
 
 def test_training_that_fails_names_the_run_and_why():
     diverging = ["--set", "learning_rate=1e30", "--set", "clip_norm=0", "--set", "vit_epochs=1"]
-    result = kdiga("train", str(SMOKE / "table2.yaml"), "--row", "st_cnn", "--jobs", "1", *diverging)
+    result = kdiga("train", str(SMOKE), "--artefact", "table2", "--row", "st_cnn", "--jobs", "1", *diverging)
     assert result.exit_code == 1
     assert "0 made, 0 cached, 1 failed" in result.stdout
     assert "the term cross_entropy is" in result.stdout
@@ -232,7 +260,7 @@ def test_an_audit_ends_in_a_verdict_and_resumes(weights: str):
 
 
 def test_an_audit_of_a_run_that_learned_nothing_stops_and_says_why():
-    command = ["train", str(SMOKE / "table5.yaml"), "--row", "fgsm_at", "--jobs", "1"]
+    command = ["train", str(SMOKE), "--artefact", "table5", "--row", "fgsm_at", "--jobs", "1"]
     assert kdiga(*command, "--set", "fgsm_learning_rate=1000").exit_code == 0
     (entry,) = list_store()
     result = kdiga("audit", entry["key"])
@@ -247,7 +275,7 @@ def test_an_audit_of_a_run_that_learned_nothing_stops_and_says_why():
 @pytest.fixture
 def key() -> str:
     """A finished run of the store."""
-    assert kdiga("train", str(SMOKE / "table1.yaml"), "--row", "st", "--jobs", "1").exit_code == 0
+    assert kdiga("train", str(SMOKE), "--artefact", "table1", "--row", "st", "--jobs", "1").exit_code == 0
     return list_store()[0]["key"]
 
 
@@ -337,7 +365,7 @@ def test_a_notebook_is_run_again_when_its_artefact_or_its_parameters_changed(
     place, _ = reproduced
     before = (place.figures / "table5.csv").read_bytes()
     (place.figures / "table5.csv").write_text("spoilt")
-    for options in ([], ["--again"], ["--set", "pgd_steps=3"]):
+    for options in ([], ["--again"], ["--set", "pgd_steps=4"]):
         assert "notebooks: 1 made, 0 cached, 0 failed" in place.reproduce(*options).stdout, options
     # Back at the file's own parameters: what is there came from others.
     assert "notebooks: 1 made, 0 cached, 0 failed" in place.reproduce().stdout
@@ -347,7 +375,7 @@ def test_a_notebook_is_run_again_when_its_artefact_or_its_parameters_changed(
 def test_plain_papermill_with_a_parameter_of_ones_own(reproduced: tuple[Place, subprocess.CompletedProcess[str]]):
     place, _ = reproduced
     source = str(paths.NOTEBOOKS / "table5.ipynb")
-    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lambda_iga", "4", "-p", "weight_decay", "1/2000"]
+    options = ["-f", str(SMOKE), "-p", "lambda_iga", "4", "-p", "weight_decay", "1/2000"]
     done = place.call("papermill", source, "out.ipynb", *options, "-k", "python3")
     assert done.returncode == 0, done.stderr
     parameters = json.loads((place.figures / "table5.json").read_text())["parameters"]
@@ -356,7 +384,7 @@ def test_plain_papermill_with_a_parameter_of_ones_own(reproduced: tuple[Place, s
 
 def test_papermill_with_a_misspelt_parameter_stops_before_it_trains(tmp_path: Path):
     place = Place(tmp_path)
-    options = ["-f", str(SMOKE / "table5.yaml"), "-p", "lamda_iga", "3", "-k", "python3"]
+    options = ["-f", str(SMOKE), "-p", "lamda_iga", "3", "-k", "python3"]
     done = place.call("papermill", str(paths.NOTEBOOKS / "table5.ipynb"), "out.ipynb", *options)
     assert done.returncode != 0
     assert "lamda_iga: unknown key" in done.stderr

@@ -85,7 +85,7 @@ def table5(params: Table5Params) -> Experiment:
     """Table 5: KDIGA+FGSM, beside fast adversarial training of the same net, which the paper does not show."""
     model = params.fgsm_student
     schedule = replace(
-        schedule_of(params, params.fgsm_epochs, learning_rate=params.fgsm_learning_rate, policy=params.fgsm_policy),
+        schedule_of(params, params.fgsm_epochs, learning_rate=params.fgsm_learning_rate, policy="one_cycle"),
         weight_decay=params.fgsm_weight_decay,
     )
     teacher = trades_teacher(params)

@@ -96,7 +96,7 @@ def published_nets(params: Params, text: str, net: str) -> Nets:
 
 def teacher_schedule(params: Params) -> Schedule:
     """The schedule of an adversarially trained teacher."""
-    return schedule_of(params, params.teacher_epochs, policy=params.teacher_policy)
+    return schedule_of(params, params.teacher_epochs)
 
 
 def trades_teacher(params: Params) -> Nets:
@@ -236,5 +236,4 @@ def igam_students(params: Table1Params, sources: Nets) -> PerSeed:
     net = sources[0].model.partition(":")[0] if sources[0].model else params.teacher
     head = schedule_of(params, params.head_epochs, trainable="head")
     teacher = runs_per_seed(params, ST(), net, schedule=head, init=sources)
-    method = IGAM(lambda_adv=params.lambda_adv, lambda_diff=params.lambda_diff)
-    return runs_per_seed(params, method, params.teacher, teacher=teacher)
+    return runs_per_seed(params, IGAM(), params.teacher, teacher=teacher)

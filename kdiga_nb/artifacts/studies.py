@@ -40,6 +40,11 @@ from kdiga_nb.runs.run import Run, Source
 from kdiga_nb.runs.store import history, measured
 from kdiga_nb.training import Schedule
 
+CERTIFIED_STUDENT, CERTIFIED_TEACHER = "digits_mlp", "digits_mlp_wide"  # ReLU nets small enough to be certified
+ARD_TEMPERATURE = 30.0  # that of ARD's own authors, with λ_CE = 0
+# Levels of the factorial, low then high.
+LAMBDA_LEVELS, TEMPERATURE_LEVELS, DROPOUT_LEVELS = (0.1, 1.0), (1.0, 4.0), (0.0, 0.5)
+
 
 def _against(metric: str, runs: Nets, measure: Measure, references: Nets, key: str = "percent") -> Cell:
     return Cell(metric, tuple(Job(run, measure, other) for run, other in zip(runs, references, strict=False)), key)
@@ -62,7 +67,7 @@ def audit_plan(params: AuditParams) -> dict[str, Measure]:
 def _audited(params: AuditParams) -> dict[str, tuple[str, Source]]:
     """Row id -> label and net of the first seed."""
     runs = table1_runs(params)
-    names = ("st", "kd", "kdiga", f"isd_wot_{params.audit_loop}", "trades_student")
+    names = ("st", "kd", "kdiga", "isd_wot_1", "trades_student")
     return {name: (runs[name][0], runs[name][1][0]) for name in names}
 
 
@@ -137,7 +142,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     size = evaluation_pgd(params.epsilon, params.pgd_steps).step_size
     long = Survivors(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
-    gradients = Gradients(params.epsilon, params.gradient_images, steps=(0,), grid=3)
+    gradients = Gradients(params.epsilon, params.audit_images, steps=(0,), grid=3)
     rows = []
     for name, (label, runs) in chosen.items():
         cells = (
@@ -154,15 +159,15 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
 def prop1_certified(params: Prop1Params) -> Experiment:
     """Proposition 1: certified radii of students and teacher, the loss's gradient aligned or all logits'."""
     schedule = schedule_of(params, params.certified_epochs)
-    small, attack = params.certified_student, training_attack(params)
-    teacher = runs_per_seed(params, TRADES(attack, params.beta), params.certified_teacher, schedule=schedule)
+    small, attack = CERTIFIED_STUDENT, training_attack(params)
+    teacher = runs_per_seed(params, TRADES(attack, params.beta), CERTIFIED_TEACHER, schedule=schedule)
 
     def student(method: Method, **extra: Any) -> PerSeed:
         return runs_per_seed(params, method, small, schedule=schedule, **extra)
 
     aligned = method_of(params, KDIGA, lambda_iga=params.lambda_logits, align="logits")
     nets: dict[str, tuple[str, Nets]] = {
-        "teacher": (f"{params.certified_teacher} (TRADES), the teacher", teacher),
+        "teacher": (f"{CERTIFIED_TEACHER} (TRADES), the teacher", teacher),
         "st": ("student (ST)", student(ST())),
         "kd": ("teacher → KD → student", student(method_of(params, KD), teacher=teacher)),
         "kdiga_loss": (
@@ -214,9 +219,9 @@ _COLUMNS = [*_FREE, *(tuple(math.prod(s) for s in zip(*(_FREE[i] for i in three)
                       for three in ((1, 2, 3), (0, 2, 3), (0, 1, 2), (0, 1, 3)))]  # fmt: skip
 
 
-def factors(params: AblationParams) -> list[Factor]:
+def factors() -> list[Factor]:
     """The eight choices in the order of the design's columns."""
-    weights, temperatures, rates = params.lambda_levels, params.temperature_levels, params.dropout_levels
+    weights, temperatures, rates = LAMBDA_LEVELS, TEMPERATURE_LEVELS, DROPOUT_LEVELS
     levels = [
         ("lambda_iga", *(f"{value:g}" for value in weights), *(f"λ{value:g}" for value in weights)),
         ("iga_norm", "per_sample", "batch, same effective weight", "sample", "batch"),
@@ -234,13 +239,13 @@ def factors(params: AblationParams) -> list[Factor]:
 
 
 def _ablation_schedule(params: AblationParams) -> Schedule:
-    milestones = tuple(params.ablation_milestones)
+    milestones = tuple(sorted({params.ablation_epochs // 2, 3 * params.ablation_epochs // 4}))
     return replace(schedule_of(params, params.ablation_epochs), policy="multistep", milestones=milestones)
 
 
 def _combination(params: AblationParams, high: dict[str, bool]) -> Run:
     """The run of the first seed with each choice at its low or high level."""
-    weight = params.lambda_levels[high["lambda_iga"]]
+    weight = LAMBDA_LEVELS[high["lambda_iga"]]
     schedule = replace(
         _ablation_schedule(params),
         compounding=not high["schedule"],
@@ -251,7 +256,7 @@ def _combination(params: AblationParams, high: dict[str, bool]) -> Run:
         lambda_ce=params.lambda_ce,
         lambda_kl=params.lambda_kl,
         lambda_iga=weight * schedule.batch_size**1.5 if high["iga_norm"] else weight,
-        temperature=params.temperature_levels[high["temperature"]],
+        temperature=TEMPERATURE_LEVELS[high["temperature"]],
         norm="batch" if high["iga_norm"] else "per_sample",
         kl_reduction="mean" if high["kl_reduction"] else "batchmean",
     )
@@ -262,7 +267,7 @@ def _combination(params: AblationParams, high: dict[str, bool]) -> Run:
         method,
         schedule,
         params.seeds[0],
-        params.dropout_levels[high["head_dropout"]],
+        DROPOUT_LEVELS[high["head_dropout"]],
         teacher,
         start if high["init"] else None,
     )
@@ -272,8 +277,8 @@ def ablations(params: AblationParams) -> Experiment:
     """Sixteen combinations of eight choices, then the paper's and the authors' presets over all seeds."""
     rows = []
     for index in range(16):
-        high = {factor.name: factor.signs[index] > 0 for factor in factors(params)}
-        words = [factor.words[high[factor.name]] for factor in factors(params)]
+        high = {factor.name: factor.signs[index] > 0 for factor in factors()}
+        words = [factor.words[high[factor.name]] for factor in factors()]
         run = _combination(params, high)
         cells = accuracy_cells(params, (run,), autoattack=False)
         rows.append(Row(f"combination_{index + 1:02d}", " ".join(words), (run,), cells))
@@ -336,12 +341,12 @@ def pareto(params: ParetoParams) -> Experiment:
     """KDIGA+FGSM done right against fast adversarial training and ARD at its own settings (α = 1, T = 30)."""
     teacher, model = trades_teacher(params), params.fgsm_student
     fast = PGD(params.train_epsilon, min(1.25 * params.train_epsilon, 1.0), 1)
-    own = ARD(training_attack(params), lambda_ce=0.0, lambda_kl=1.0, temperature=params.ard_temperature)
+    own = ARD(training_attack(params), lambda_ce=0.0, lambda_kl=1.0, temperature=ARD_TEMPERATURE)
     schedule = schedule_of(params, params.fgsm_epochs)
     nets: dict[str, tuple[str, Method, Schedule, bool]] = {
         "fgsm_at": ("fast AT (FGSM, random start)", AT(fast), schedule_of(params, params.fgsm_at_epochs), False),
         "ard": (
-            f"teacher → ARD, α = 1, T = {params.ard_temperature:g}",
+            f"teacher → ARD, α = 1, T = {ARD_TEMPERATURE:g}",
             own,
             schedule_of(params, params.ard_epochs),
             True,

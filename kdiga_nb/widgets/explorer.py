@@ -19,7 +19,7 @@ from kdiga_nb.artifacts.explore import CHAINS, Point, reference_teacher
 from kdiga_nb.artifacts.table import Row
 from kdiga_nb.data import load_data
 from kdiga_nb.models import MODELS
-from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, radius_text, read
+from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, at_scale, radius_text, scales
 from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run
@@ -77,11 +77,6 @@ CONTROLS = {
     "loops": ("loop", "image", "method", "dropout"),
     "image": ("image", "epsilon", "method", "lambda_iga", "loop", "dropout"),
 }
-
-
-def scales() -> list[str]:
-    """The scales that have a parameter file for the explorer."""
-    return sorted(path.parent.name for path in paths.PARAMS.glob("*/explore.yaml"))
 
 
 def _freeze_garbage() -> None:
@@ -223,7 +218,7 @@ class Explorer:
     def _change_scale(self, scale: str) -> None:
         """Another scale is another parameter file; the controls start where it says."""
         try:
-            self.params = read(ExploreParams, paths.params(scale, "explore"))
+            self.params = at_scale(ExploreParams, scale)
         except ParameterError as error:
             self._say(str(error), "error")
             return
@@ -399,7 +394,12 @@ class Explorer:
             home.mkdir(parents=True, exist_ok=True)
             if kind == "yaml":
                 path = home / "explore.yaml"
-                values = self._state.parameters().model_dump()
+                chosen, own = (
+                    self._state.parameters().model_dump(),
+                    at_scale(ExploreParams, self.params.scale).model_dump(),
+                )
+                changed = {name: value for name, value in chosen.items() if value != own[name]}
+                values = {"scale": self.params.scale, "settings": {"explore": changed}}
                 path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             else:
                 assert self.data is not None

@@ -71,8 +71,8 @@ class State:
             "method": params.show_method,
             "seed": params.show_seed,
             "image": params.show_image,
-            "lambda_iga": params.show_lambda_iga,
-            "epsilon": params.show_epsilon,
+            "lambda_iga": params.lambda_iga if params.show_lambda_iga is None else params.show_lambda_iga,
+            "epsilon": params.epsilon if params.show_epsilon is None else params.show_epsilon,
             "loop": params.show_loop,
             "dropout": params.show_dropout,
         }
@@ -118,7 +118,7 @@ class State:
     @property
     def lambdas(self) -> tuple[float, ...]:
         """The λ_IGA slider's stops."""
-        return tuple(sorted({*LAMBDAS, *self.params.sweep, self.params.lambda_iga, self.params.show_lambda_iga}))
+        return tuple(sorted({*LAMBDAS, *self.params.sweep, self.params.lambda_iga, self.lambda_iga}))
 
 
 @dataclass(frozen=True)

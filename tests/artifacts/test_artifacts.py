@@ -12,12 +12,11 @@ from kdiga_nb.data import load_data
 from kdiga_nb.losses import NORMS
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import IGAM, METHODS, PRESETS, TRADES
-from kdiga_nb.params import read
-from kdiga_nb.paths import PARAMS
+from kdiga_nb.params import at_scale, scales
 from kdiga_nb.runs import Checkpoint
 from kdiga_nb.runs.run import Run, ancestors, run_key
 
-SCALES = sorted(path.name for path in PARAMS.iterdir())
+SCALES = scales()
 ALL = [(scale, name) for scale in SCALES for name in ARTIFACTS]
 
 each = pytest.mark.parametrize(("scale", "name"), ALL)
@@ -25,7 +24,7 @@ each = pytest.mark.parametrize(("scale", "name"), ALL)
 
 def experiment(scale: str, name: str, **overrides: Any) -> Experiment:
     artifact = ARTIFACTS[name]
-    return artifact.build(read(artifact.params, PARAMS / scale / f"{name}.yaml", overrides))
+    return artifact.build(at_scale(artifact.params, scale, overrides))
 
 
 def all_runs(found: Experiment) -> set[Run]:
@@ -293,7 +292,7 @@ def test_nominal_and_effective_weight(preset: str, exponent: float):
         ("table1", "head_dropout", 0.1, "isd_wit_1"),
         ("table1", "beta", 2.0, "trades_student"),
         ("table1", "train_epsilon", 0.2, "ard"),
-        ("table1", "lambda_adv", 0.7, "igam_mnist"),
+        ("table1", "head_epochs", 2, "igam_mnist"),
         ("table1", "source_mnist", "digits_rotated", "igam_mnist"),
         ("table5", "fgsm_epochs", 2, "kdiga_fgsm"),
         ("table2", "vit_epochs", 2, "st_vit"),

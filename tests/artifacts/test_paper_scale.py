@@ -9,13 +9,13 @@ from kdiga_nb import paths
 from kdiga_nb.artifacts import ARTIFACTS, reported
 from kdiga_nb.artifacts.costs import costs, disk_bytes, net_of
 from kdiga_nb.cli import app
-from kdiga_nb.params import Table1Params, read
+from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.report.numbers import frame
 from kdiga_nb.runs.graph import Job, graph_of, run_all
 from kdiga_nb.runs.store import load_or_train
 from kdiga_nb.training import TrainingState
 
-FILE = paths.PARAMS / "cifar10" / "table1.yaml"
+FILE = paths.PARAMS / "cifar10.yaml"
 HERE = all((paths.data() / folder).is_dir() for folder in ("cifar-10-batches-py", "MNIST", "imagenette2-160"))
 # Two steps a training, four images a measurement; a smaller net for the teacher.
 SHRUNK = {
@@ -34,7 +34,7 @@ SHRUNK = {
 
 @pytest.mark.skipif(not HERE, reason="no CIFAR-10, MNIST and Imagenette under KDIGA_DATA")
 def test_every_row_of_table_1_trains_and_is_measured_by_overrides_alone() -> None:
-    experiment = ARTIFACTS["table1"].build(read(Table1Params, FILE, SHRUNK))
+    experiment = ARTIFACTS["table1"].build(at_scale(Table1Params, "cifar10", SHRUNK))
     outcome = run_all(experiment.jobs(), workers=1, device="cpu")
     assert outcome.failed == {}
     table = frame(experiment)
@@ -64,8 +64,11 @@ def test_a_dry_run_needs_no_data_and_gives_hours_and_disk(
 
 def test_a_finished_run_makes_the_next_ones_hours_measured() -> None:
     scale = ["--scale", "smoke", "--only", "table5"]
-    file = str(paths.PARAMS / "smoke" / "table5.yaml")
-    assert CliRunner().invoke(app, ["train", file, "--row", "fgsm_at", "--jobs", "1"]).exit_code == 0
+    file = str(paths.PARAMS / "smoke.yaml")
+    assert (
+        CliRunner().invoke(app, ["train", file, "--artefact", "table5", "--row", "fgsm_at", "--jobs", "1"]).exit_code
+        == 0
+    )
     assert "by a measured step" not in plan(*scale)
     again = plan(*scale, "--set", "seeds=[0, 1]")
     assert again.count("by a measured step") == 1 and "cached" in again
@@ -75,7 +78,7 @@ def test_costs_count_operations_parameters_and_steps() -> None:
     """MobileNetV2 at 32×32: 91 million multiply-adds; WRN-34-10 6.7 billion."""
     assert net_of("mobilenet_v2", "cifar10").flops == pytest.approx(2 * 91e6, rel=0.01)
     assert net_of("wrn_34_10", "cifar10").flops == pytest.approx(2 * 6.66e9, rel=0.01)
-    graph = graph_of(ARTIFACTS["table1"].build(read(Table1Params, FILE)).jobs())
+    graph = graph_of(ARTIFACTS["table1"].build(at_scale(Table1Params, "cifar10")).jobs())
     found = costs(graph)
     assert set(found) == set(graph) and all(cost.seconds > 0 and not cost.measured for cost in found.values())
     trainings: list[Job] = [job for job in graph if job.measure is None]
@@ -89,7 +92,7 @@ def test_missing_data_is_said_before_anything_trains(
 ) -> None:
     root = tmp_path_factory.mktemp("empty")
     monkeypatch.delenv("KDIGA_DATA", raising=False)
-    result = CliRunner().invoke(app, ["train", str(FILE), "--row", "st", "--data", str(root)])
+    result = CliRunner().invoke(app, ["train", str(FILE), "--artefact", "table1", "--row", "st", "--data", str(root)])
     monkeypatch.setenv("KDIGA_DATA", str(root))  # what --data left there is taken back with this
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
@@ -99,11 +102,13 @@ def test_missing_data_is_said_before_anything_trains(
 
 def test_a_missing_published_teacher_is_said_before_anything_trains() -> None:
     override = ["--set", "teacher_checkpoint=state_dict:nowhere.pt"]
-    file = str(paths.PARAMS / "smoke" / "table1.yaml")
-    result = CliRunner().invoke(app, ["train", file, "--row", "kdiga", *override])
+    file = str(paths.PARAMS / "smoke.yaml")
+    result = CliRunner().invoke(app, ["train", file, "--artefact", "table1", "--row", "kdiga", *override])
     assert result.exit_code == 1
     assert "nowhere.pt: there is no such file" in result.stderr
-    bad = CliRunner().invoke(app, ["train", file, "--row", "kdiga", "--set", "teacher_checkpoint=nowhere.pt"])
+    bad = CliRunner().invoke(
+        app, ["train", file, "--artefact", "table1", "--row", "kdiga", "--set", "teacher_checkpoint=nowhere.pt"]
+    )
     assert bad.exit_code == 2 and "teacher_checkpoint: must be FORMAT:PATH_OR_URL" in bad.stderr
 
 
@@ -119,7 +124,7 @@ def test_data_sets_are_listed_with_what_is_missing(
 
 
 def test_a_run_under_way_is_listed_with_accuracy_and_time_left() -> None:
-    parameters = read(Table1Params, paths.PARAMS / "smoke" / "table1.yaml", {"epochs": 10})
+    parameters = at_scale(Table1Params, "smoke", {"epochs": 10})
     run = ARTIFACTS["table1"].build(parameters).row("st").runs[0]
 
     def stop(state: TrainingState) -> None:

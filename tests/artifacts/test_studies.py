@@ -18,17 +18,16 @@ from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.measures import plan
 from kdiga_nb.audit.verdict import verdict
 from kdiga_nb.methods import ARD, AT, KDIGA, PRESETS, ST
-from kdiga_nb.params import ParameterError, read
-from kdiga_nb.paths import PARAMS
+from kdiga_nb.params import ParameterError, at_scale, scales
 from kdiga_nb.runs.graph import run_all
 from kdiga_nb.runs.run import Run, ancestors, run_key
 
-SCALES = sorted(path.name for path in PARAMS.iterdir())
+SCALES = scales()
 
 
 def study(scale: str, name: str, **overrides: Any) -> Experiment:
     artifact = (ARTIFACTS | STUDIES)[name]
-    return artifact.build(read(artifact.params, PARAMS / scale / f"{name}.yaml", overrides))
+    return artifact.build(at_scale(artifact.params, scale, overrides))
 
 
 def keys(found: Experiment) -> set[str]:
@@ -123,7 +122,7 @@ def test_ard_stands_at_its_own_settings() -> None:
 
 
 def test_the_design_is_balanced_orthogonal_and_of_resolution_iv() -> None:
-    chosen = factors(study("digits", "ablations").params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     columns = [factor.signs for factor in chosen]
     assert len(chosen) == 8 and all(sum(signs) == 0 and len(signs) == 16 for signs in columns)
     for a, b in combinations(columns, 2):
@@ -142,14 +141,14 @@ def planted(effects: dict[int, float], noise: list[float], chosen: list[Factor])
 
 
 def test_main_effects_are_found_as_planted() -> None:
-    chosen = factors(study("digits", "ablations").params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     found = main_effects(chosen, planted({0: 8.0, 3: -2.0, 7: 0.5}, [0.0] * 16, chosen))
     assert [effect.points for effect in found] == pytest.approx([8, 0, 0, -2, 0, 0, 0, 0.5])
     assert all(effect.high - effect.low == pytest.approx(0, abs=1e-9) for effect in found)
 
 
 def test_an_interaction_widens_the_interval_and_moves_no_effect() -> None:
-    chosen = factors(study("digits", "ablations").params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     interaction = [3.0 * a * b for a, b in zip(chosen[1].signs, chosen[4].signs, strict=True)]
     found = main_effects(chosen, planted({0: 8.0}, interaction, chosen))
     assert [effect.points for effect in found] == pytest.approx([8, 0, 0, 0, 0, 0, 0, 0])
@@ -158,14 +157,14 @@ def test_an_interaction_widens_the_interval_and_moves_no_effect() -> None:
 
 
 def test_a_design_needs_a_value_a_combination() -> None:
-    chosen = factors(study("digits", "ablations").params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="16 combinations needs as many values, got 15"):
         main_effects(chosen, [1.0] * 15)
 
 
 def test_a_combination_has_the_levels_of_its_row() -> None:
     found = study("digits", "ablations")
-    chosen = factors(found.params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     read_off = {
         "lambda_iga": lambda run: run.method.lambda_iga > 0.5 * (64**1.5 if run.method.norm == "batch" else 1),
         "iga_norm": lambda run: run.method.norm == "batch",
@@ -200,8 +199,11 @@ def test_the_presets_are_those_of_the_methods() -> None:
 
 
 def test_milestones_of_an_ablation_lie_within_its_epochs() -> None:
-    with pytest.raises(ParameterError, match="ablation_milestones: must lie between 0 and ablation_epochs = 2"):
-        study("smoke", "ablations", ablation_milestones=[2])
+    for epochs, milestones in ((2, (1,)), (3, (1, 2)), (8, (4, 6))):
+        run = study("smoke", "ablations", ablation_epochs=epochs).rows[0].runs[0]
+        assert run.schedule.milestones == milestones
+    with pytest.raises(ParameterError, match=r"ablation_epochs: .*greater than or equal to 2"):
+        study("smoke", "ablations", ablation_epochs=1)
 
 
 # ---- what is shown ----
@@ -253,7 +255,7 @@ def test_the_propositions_are_measured_and_drawn(name: str, tmp_path: Path) -> N
 
 
 def test_effects_are_drawn(tmp_path: Path) -> None:
-    chosen = factors(study("digits", "ablations").params)  # pyright: ignore[reportArgumentType]
+    chosen = factors()  # pyright: ignore[reportArgumentType]
     effects = {"clean": main_effects(chosen, [50.0 + run % 3 for run in range(16)])}
     assert list(plots.effects_table(effects).index) == [factor.name for factor in chosen]
     drawn(plots.plot_effects(effects, "title"), tmp_path)

@@ -17,7 +17,6 @@ import safetensors
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import yaml
 from torch import nn
 
 from kdiga_nb.artifacts import ARTIFACTS
@@ -25,7 +24,7 @@ from kdiga_nb.data import Augmentation, Data, Split
 from kdiga_nb.methods import KDIGA
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
-from kdiga_nb.params import Table1Params
+from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.paths import PARAMS, ROOT
 from kdiga_nb.runs.run import Run, folder
 from kdiga_nb.runs.store import epochs_done, history, is_finished, load_or_train
@@ -233,7 +232,8 @@ def torchrun(home: Path, *arguments: str) -> subprocess.Popen[str]:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(PROCESSES)]
     command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command += ["-m", "kdiga_nb", "train", str(PARAMS / "smoke" / "table1.yaml"), "--row", "st", *arguments]
+    command += ["-m", "kdiga_nb", "train", str(PARAMS / "smoke.yaml")]
+    command += ["--artefact", "table1", "--row", "st", *arguments]
     environment = os.environ | {"KDIGA_RUNS": str(home / "runs"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"GLOO_SOCKET_IFNAME": "lo"}
     pipe = subprocess.PIPE
@@ -251,7 +251,7 @@ def test_a_killed_rank_ends_the_job_and_one_process_takes_it_up(
 ) -> None:
     monkeypatch.setenv("KDIGA_RUNS", str(tmp_path / "runs"))
     epochs = 400
-    run = ARTIFACTS["table1"].build(Table1Params(**smoke(epochs))).row("st").runs[0]
+    run = ARTIFACTS["table1"].build(at_scale(Table1Params, "smoke", {"epochs": epochs})).row("st").runs[0]
     job = torchrun(tmp_path, "--set", f"epochs={epochs}")
     try:
         deadline = time.monotonic() + 120
@@ -271,10 +271,6 @@ def test_a_killed_rank_ends_the_job_and_one_process_takes_it_up(
     # What two processes had done was not done again.
     assert [row["cross_entropy"] for row in history(run)[:done]] == [row["cross_entropy"] for row in saved]
     assert json.loads((folder(run) / "run.json").read_text())["resumed"] == 1
-
-
-def smoke(epochs: int) -> dict[str, Any]:
-    return yaml.safe_load((PARAMS / "smoke" / "table1.yaml").read_text()) | {"epochs": epochs}
 
 
 def history_so_far(run: Run) -> list[dict[str, float]]:

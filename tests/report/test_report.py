@@ -21,7 +21,7 @@ from kdiga_nb.artifacts.table import Cell, Experiment, Row
 from kdiga_nb.measures import Bounds, Measure, TestAccuracy
 from kdiga_nb.methods import KDIGA, ST
 from kdiga_nb.metrics import proportion
-from kdiga_nb.params import Params, read
+from kdiga_nb.params import Params, at_scale
 from kdiga_nb.report.figures import plot_bars, plot_loops, plot_plane
 from kdiga_nb.report.files import ReproductionError, save
 from kdiga_nb.report.numbers import COLUMNS, frame, interval, show
@@ -54,7 +54,7 @@ def small_experiment() -> Experiment:
         ),
         Row("vit", "ViT → KDIGA → student", reported={"clean": 60.0}),
     )
-    return Experiment("table0", "Table 0", rows, Params(scale="smoke", seeds=[0, 1]))
+    return Experiment("table0", "Table 0", rows, at_scale(Params, "smoke", {"seeds": [0, 1]}))
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,8 @@ def test_claim(holds: bool, says: str, capsys: pytest.CaptureFixture[str]):
 
 def test_a_job_that_fails_is_reported():
     hopeless = (Run("digits", "digits_small", ST(), Schedule(1, batch_size=256, learning_rate=1e30)),)
-    failing = Experiment("table0", "", (Row("st", "", hopeless, (cell("clean", hopeless),)),), Params(seeds=[0]))
+    rows = (Row("st", "", hopeless, (cell("clean", hopeless),)),)
+    failing = Experiment("table0", "", rows, at_scale(Params, "smoke"))
     with pytest.raises(ReproductionError, match="the term cross_entropy is"):
         report.reproduce(failing)
 
@@ -238,7 +239,7 @@ def fill(table: pd.DataFrame, every: int) -> pd.DataFrame:
 
 def at_smoke(name: str) -> Experiment:
     artifact = ARTIFACTS[name]
-    return artifact.build(read(artifact.params, paths.params("smoke", name)))
+    return artifact.build(at_scale(artifact.params, "smoke"))
 
 
 def metrics(table: pd.DataFrame) -> list[str]:

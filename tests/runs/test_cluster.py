@@ -125,8 +125,8 @@ def test_a_cluster_that_cannot_be_used_is_said_in_one_line(address: str, says: s
 
 
 def refused(address: str) -> Any:
-    file = str(paths.PARAMS / "smoke" / "table5.yaml")
-    return CliRunner().invoke(app, ["train", file, "--row", "fgsm_at", "--executor", address])
+    file = str(paths.PARAMS / "smoke.yaml")
+    return CliRunner().invoke(app, ["train", file, "--artefact", "table5", "--row", "fgsm_at", "--executor", address])
 
 
 def test_workers_of_several_threads_are_refused(cluster: Cluster) -> None:

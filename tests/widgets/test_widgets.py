@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from kdiga_nb import metrics, paths, runs
+from kdiga_nb import metrics, runs
 from kdiga_nb.artifacts.explore import Point, explore, explored
 from kdiga_nb.artifacts.paper import table1, table4
 from kdiga_nb.data import load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.methods import KD, KDIGA
-from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4Params, read
+from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4Params, at_scale, read
 from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, ancestors
@@ -36,6 +36,8 @@ from kdiga_nb.widgets.views import SURFACE, Loops, OneImage, TradeOff, UnderAtta
 
 each_view = pytest.mark.parametrize("view", VIEWS)
 LONG = {"isd_epochs": 25}  # a loop that is cut short
+
+DIGITS = at_scale(ExploreParams, "digits")
 
 
 def one_seed(params: ExploreParams, **changes: Any) -> ExploreParams:
@@ -50,9 +52,9 @@ def trained(home: Path) -> set[str]:
 
 
 def test_only_the_sweep_is_trained_for_the_explorer_alone():
-    shared = [table1(Table1Params()), table4(Table4Params())]
+    shared = [table1(at_scale(Table1Params, "digits")), table4(at_scale(Table4Params, "digits"))]
     known = set(ancestors(run for found in shared for row in found.rows for run in row.runs))
-    params = ExploreParams()
+    params = DIGITS
     rows = explore(params).rows
     new = [run for run in ancestors(run for row in rows for run in row.runs) if run not in known]
     assert [getattr(run.method, "lambda_iga", None) for run in new] == params.sweep
@@ -60,22 +62,22 @@ def test_only_the_sweep_is_trained_for_the_explorer_alone():
 
 
 def test_rows_are_named_once():
-    names = [row.id for row in explore(ExploreParams()).rows]
+    names = [row.id for row in explore(DIGITS).rows]
     assert len(names) == len(set(names))
-    assert len(explore(ExploreParams(loops=1)).rows) < len(names)
+    assert len(explore(at_scale(ExploreParams, "digits", {"loops": 1})).rows) < len(names)
 
 
 @pytest.mark.parametrize("method", EXPLORED)
 def test_every_method_has_a_row(method: str):
-    row = explored(ExploreParams(), Point(method, 2.0, 1))
-    assert [run.seed for run in row.runs] == ExploreParams().seeds
+    row = explored(DIGITS, Point(method, 2.0, 1))
+    assert [run.seed for run in row.runs] == DIGITS.seeds
 
 
 def test_kdiga_without_alignment_is_kd():
-    at_zero, kd = explored(ExploreParams(), Point("kdiga", 0.0)), explored(ExploreParams(), Point("kd"))
+    at_zero, kd = explored(DIGITS, Point("kdiga", 0.0)), explored(DIGITS, Point("kd"))
     assert at_zero == kd
     assert isinstance(at_zero.runs[0].method, KD)
-    assert isinstance(explored(ExploreParams(), Point("kdiga", 0.5)).runs[0].method, KDIGA)
+    assert isinstance(explored(DIGITS, Point("kdiga", 0.5)).runs[0].method, KDIGA)
 
 
 # ---- compute ----
@@ -351,7 +353,7 @@ def test_what_cannot_be_shown_is_said_and_the_old_picture_marked(small: ExploreP
 def test_another_scale_is_another_parameter_file(small: ExploreParams, store: Path):
     explorer = Explorer(small)
     explorer.controls["scale"].value = "digits"
-    assert explorer.state.params == read(ExploreParams, paths.params("digits", "explore"))
+    assert explorer.state.params == DIGITS
     assert "--scale digits" in status_of(explorer)
     assert explorer.controls["seed"].options == (0, 1, 2)
 
@@ -368,7 +370,7 @@ def test_the_parameter_file_brings_the_reader_back(
         explorer.controls[name].value = value
     explorer.export("yaml")
     path = tmp_path / "figures" / "smoke" / "explorer" / "explore.yaml"
-    assert yaml.safe_load(path.read_text())["show_image"] == 9
+    assert yaml.safe_load(path.read_text())["settings"]["explore"]["show_image"] == 9
     again = Explorer(read(ExploreParams, path))
     assert text_of(again) == text_of(explorer)
     assert again.picture.value == explorer.picture.value
