@@ -218,11 +218,15 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
             runs_per_seed(params, method_of(params, ARD, attack=attack), teacher=teacher),
         ),
     }
-    sources = {"igam_tinyimagenet": params.source_tinyimagenet, "igam_mnist": params.source_mnist}
-    for name, source in sources.items():
+    sources = {
+        "igam_tinyimagenet": (params.source_tinyimagenet, "TinyImageNet"),
+        "igam_mnist": (params.source_mnist, "MNIST"),
+    }
+    for name, (source, in_paper) in sources.items():
         teachers = () if source == NONE else igam_sources(params, name, source)
+        task = in_paper if source == NONE else source
         kind = "published" if name == "igam_mnist" and params.source_mnist_checkpoint else "PGD"
-        rows[name] = (f"{kind} teacher of {source} → IGAM → {wide}", igam_students(params, teachers))
+        rows[name] = (f"{kind} teacher of {task} → IGAM → {wide}", igam_students(params, teachers))
     rows |= {
         "pgd_teacher": (f"{wide} (PGD-{params.at_steps} AT)", pgd_teacher(params)),
         "trades_teacher": (f"{wide} (TRADES), the teacher", teacher),
