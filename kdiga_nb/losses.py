@@ -1,9 +1,9 @@
 """The terms of the paper's equations as pure tensor functions.
 
-Shapes: B examples, N classes, images (B, C, H, W) with pixels in [0, 1]. Losses are in nats, one value an example, and
-are reduced by the caller, in one visible place. A divergence is exactly zero where its arguments are equal, and its
-gradient is finite there: iterative self-distillation starts at that point (nearly so where batch normalisation makes
-a student in train mode and its teacher in eval mode different functions of the same weights).
+Shapes: B examples, N classes, images (B, C, H, W) with pixels in [0, 1]. Losses are in nats, one value per example;
+the caller reduces them in one visible place. A divergence is exactly zero where its arguments are equal, and its
+gradient is finite there. Iterative self-distillation starts at that point, apart from batch normalisation, which makes
+a student in train mode and its teacher in eval mode different functions of the same weights.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def distillation_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """T² KL(teacher ‖ student) of the softmaxes at temperature T, (B, N), (B, N) -> (B,) in nats. Section 2.1.
 
-    Zero if and only if the two softmaxes agree. The factor T² keeps the gradient's size independent of T.
+    Zero if and only if the two softmaxes agree. With the factor T² the size of the gradient does not depend on T.
 
     Raises:
         ValueError: the temperature is not positive.
@@ -44,15 +44,15 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the SUMMED cross-entropy with respect to the pixels, and the logits, from one forward pass.
 
-    The sum makes each row the gradient of that example's own loss, whatever the batch size (a mean would divide it by
-    B). In train mode batch normalisation mixes the examples, and a row is then the gradient of the whole batch's loss.
+    With the sum, each row is the gradient of that example's own loss at any batch size; a mean would divide the row by
+    B. In train mode batch normalisation mixes the examples, so a row is the gradient of the loss of the whole batch.
 
     Args:
         model: images (B, C, H, W) -> logits (B, N).
         x: images (B, C, H, W) in [0, 1].
         y: labels (B,).
-        create_graph: keep the graph, so that a loss of the gradient can be differentiated again with respect to the
-            model's parameters (double backpropagation). Otherwise both results are detached.
+        create_graph: keep the graph, so that a loss of the gradient can be differentiated with respect to the model's
+            parameters (double backpropagation). Otherwise both results are detached.
 
     Returns:
         (B, C, H, W) gradient in nats per unit of pixel value, (B, N) logits.
@@ -75,8 +75,8 @@ def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sam
       inner 1/B), one Frobenius norm is taken over the whole batch, and their coefficient is divided by the batch size
       (the outer 1/B). It equals B^-1.5 times the root mean square of ‖d_i‖₂.
 
-    ``torch.linalg.vector_norm`` has gradient 0 at 0, where ``sqrt(sum of squares)`` has NaN. In a training over several
-    processes the batch is that of all of them.
+    ``torch.linalg.vector_norm`` has gradient 0 at 0, where ``sqrt(sum of squares)`` has NaN. With several processes the
+    batch is the batch of all processes.
 
     Raises:
         ValueError: an unknown norm.
@@ -87,7 +87,7 @@ def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sam
     if norm == "batch" and distributed.world_size() == 1:
         return torch.linalg.vector_norm(difference) / len(difference) ** 2
     if norm == "batch":
-        # The norm over the batch of all processes: of the vector of their norms.
+        # The norm over the batch of all processes is the norm of the vector of their norms.
         norms = difference.new_zeros(distributed.world_size())
         norms[distributed.rank()] = torch.linalg.vector_norm(difference)
         examples = distributed.summed(difference.new_tensor(len(difference)))
@@ -98,11 +98,11 @@ def gradient_distance(g_student: Tensor, g_teacher: Tensor, norm: str = "per_sam
 def logit_gradients(
     model: nn.Module | Callable[[Tensor], Tensor], x: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of all logits with respect to the pixels, their mean over the classes taken off, and the logits.
+    """Gradients of all logits with respect to the pixels, minus their mean over the classes, and the logits.
 
-    A shift that all logits share changes neither softmax nor decision, so the mean is nothing a student must match: of
-    N gradients N − 1 are left. Matching them determines the decision in the linear region, which matching the one
-    gradient of the loss (Proposition 1) does only for N = 2. One forward pass and N backward passes.
+    Softmax ignores a common logit shift, so the mean gradient over classes is subtracted (N − 1 degrees of freedom).
+    Equal gradients of all logits fix the decision in the linear region; an equal gradient of the loss (Proposition 1)
+    does so only for N = 2. The cost is one forward pass and N backward passes.
 
     Args:
         model, x, create_graph: as in ``input_gradient``.

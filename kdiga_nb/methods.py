@@ -1,17 +1,16 @@
-"""One frozen dataclass a training method; ``method(student, teacher, x, y) -> Terms``.
+"""One frozen dataclass per training method; ``method(student, teacher, x, y) -> Terms``.
 
-``Terms`` are the named, weighted scalars whose sum is minimised, so a log of them is a by-product of training. The
-student arrives in train mode, the teacher frozen in eval mode. Each ``__call__`` reads against the equation that its
-docstring names, with
+``Terms`` are the named, weighted scalars whose sum is minimised; training logs each of them. The student is in train
+mode, the teacher is frozen in eval mode. Each ``__call__`` implements the equation in the docstring of the class, with
 
     CE(f(x), y)      cross-entropy, mean over the batch
     KL(s, t)         T²·KL(teacher ‖ student) at temperature T
     g_s, g_t         input gradients of the summed cross-entropy
     IGA(g_s, g_t)    their distance (``losses.gradient_distance``)
 
-The paper leaves the norm, the reductions and ARD's target open, and the authors' code decides them in its own way.
-They are fields here, and ``PRESETS`` holds both readings. To add a method, write its class and enter it in ``METHODS``:
-parameter files, run keys and tests follow.
+The paper leaves the norm, the reductions and ARD's target open; the authors' code makes choices of its own. The choices
+are fields here, and ``PRESETS`` holds both readings. To add a method, write its class and enter the class in
+``METHODS``: run keys and tests then include the method.
 """
 
 from dataclasses import dataclass, field, fields
@@ -62,7 +61,7 @@ class Method:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     def bind(self, image_shape: tuple[int, int, int], device: torch.device) -> "Method | nn.Module":
-        """The method ready for one training; itself, unless it has weights of its own to learn (IGAM)."""
+        """The method, ready for one training. IGAM returns a module, because IGAM has weights to learn."""
         return self
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
@@ -140,11 +139,10 @@ class KD(Method):
 class KDIGA(Method):
     """KD with input gradient alignment: KD + λ_IGA·IGA(g_s, g_t). Section 2.1 and Algorithm 1.
 
-    With a one-step ``attack`` this is KDIGA+FGSM of Appendix H. The gradient that the alignment computes is reused for
-    the step: g_s and g_t are aligned where the attack starts (x itself for FGSM, a random point of the ball for a
-    random start), and CE and KL are taken at the point one step along the sign of g_s. (The paper also says that the
-    alignment is on perturbed images, which would take a second gradient.) No gradient is computed that
-    KDIGA does not compute anyway; the price is one more forward pass of each net.
+    With a one-step ``attack`` the method is KDIGA+FGSM of Appendix H. The attack reuses the gradient of the alignment:
+    g_s and g_t are aligned where the attack starts (x for FGSM, a random point of the ball for a random start), and CE
+    and KL are taken one step along the sign of g_s. The extra cost is one forward pass of each net. (The paper also
+    says that the alignment is on perturbed images, which would need a second gradient.)
 
     ``align`` says what is aligned: the gradient of the ``loss`` (the paper's), or those of all ``logits``, which is
     what the proof of Proposition 1 needs with more than two classes and costs a backward pass a class.
@@ -264,7 +262,7 @@ class AT(Method):
 class TRADES(Method):
     """TRADES (Zhang et al. 2019): CE(f(x), y) + β·KL(f(x) ‖ f(x + δ)), δ maximising that same divergence.
 
-    The attack lends its radius, steps and start; it needs a random start, for the divergence has no gradient at x.
+    ``attack`` gives radius, steps and start. The start must be random, because the divergence has no gradient at x.
     """
 
     passes: ClassVar[tuple[int, int]] = (7, 0)
@@ -290,7 +288,7 @@ class TRADES(Method):
 
 
 class _Reversed(torch.autograd.Function):
-    """Identity forward, sign of the gradient turned backward: one loss then serves both players of a minimax game."""
+    """Identity forward, reversed gradient backward: one loss then serves both players of a minimax game."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -305,10 +303,10 @@ class _Reversed(torch.autograd.Function):
 class IGAM(Method):
     """Input gradient adversarial matching (Chan et al., CVPR 2020), a baseline of Table 1.
 
-    λ_CE·CE(f_s(x), y) + λ_adv·L_adv + λ_diff·mean‖g_s − g_t‖₂², where a discriminator D tells the teacher's input
-    gradients from the student's: L_adv = −log D(g_t) − log(1 − D(g_s)), minimised by D and maximised by the student.
-    Gradient reversal lets one optimiser play both. The teacher is adversarially trained on another task, and its last
-    layer fine-tuned on this one.
+    λ_CE·CE(f_s(x), y) + λ_adv·L_adv + λ_diff·mean‖g_s − g_t‖₂², where a discriminator D distinguishes the input
+    gradients of teacher and student: L_adv = −log D(g_t) − log(1 − D(g_s)), minimised by D, maximised by the student.
+    With gradient reversal one optimiser trains both. The teacher is adversarially trained on another task, and its last
+    layer is fine-tuned on this task.
     """
 
     passes: ClassVar[tuple[int, int]] = (6, 2)
@@ -320,13 +318,13 @@ class IGAM(Method):
         return _IGAMGame(self, image_shape).to(device)
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        """The terms against a fresh discriminator; in a training, ``bind`` gives one that learns."""
+        """The terms with a fresh discriminator; a training uses ``bind``, whose discriminator learns."""
         channels, height, width = x.shape[1:]
         return self.bind((channels, height, width), x.device)(student, teacher, x, y)
 
 
 class _IGAMGame(nn.Module):
-    """IGAM with the discriminator it trains, whose weights belong to the training's state."""
+    """IGAM with its discriminator, whose weights are part of the state of the training."""
 
     def __init__(self, method: IGAM, image_shape: tuple[int, int, int]):
         super().__init__()
@@ -356,7 +354,7 @@ class _IGAMGame(nn.Module):
 
 
 def _unit(gradient: Tensor) -> Tensor:
-    """Gradients of unit length an example: the discriminator judges their pattern, not their size."""
+    """Gradients of unit length per example: the discriminator judges the pattern, not the size."""
     norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1).clamp_min(1e-8)
     return gradient / norm[:, None, None, None]
 
@@ -387,7 +385,7 @@ def with_preset(method: type[Method], preset: str, **values: Any) -> Method:
 
 
 def effective_lambda_iga(method: Method, batch_size: int) -> float:
-    """The weight that lies on ‖d_i‖₂ of an example, in the mean over the batch.
+    """The weight of ‖d_i‖₂ of one example, in the mean over the batch.
 
     λ_IGA itself for ``per_sample``. Under ``batch`` it is λ_IGA·B^-1.5 (of the root mean square of ‖d_i‖₂), so the
     authors' nominal 1 at B = 128 is an effective 6.9e-4.

@@ -43,12 +43,12 @@ def _fits_in_cache(feed: Feed) -> bool:
 
 
 class CachedTeacher(nn.Module):
-    """A frozen teacher that is asked about the same images in every epoch, and works each answer out once.
+    """A frozen teacher with a table of its logits and input gradients at the training images.
 
-    Without augmentation a teacher's logits and input gradients at the training images never change. They are computed
-    in batches of fixed order, so they do not depend on where a training was interrupted, and found again by the
-    image's pixels; any other image, an attacked one for instance, goes through the net. For images on the CPU: looking
-    at pixels would make a GPU wait.
+    Without augmentation these values never change. They are computed in batches of fixed order, so they do not depend
+    on where a training was interrupted. The pixels of an image are the key of its row. Any other image, for instance an
+    adversarial one, goes through the net. The table is for images on the CPU, because reading pixels would make a GPU
+    wait.
     """
 
     def __init__(self, teacher: nn.Module, images: Tensor, labels: Tensor, batch_size: int):
@@ -63,9 +63,9 @@ class CachedTeacher(nn.Module):
         return self.teacher(x)
 
     def rows(self, x: Tensor) -> Tensor | None:
-        """Where the images (B, C, H, W) stand in the table, (B,); None if one of them does not."""
-        found = [self._row.get(pixels) for pixels in _pixels(x)]
-        return None if None in found else torch.tensor(found)
+        """The rows (B,) of the images (B, C, H, W) in the table; None if an image is not in the table."""
+        rows = [self._row.get(pixels) for pixels in _pixels(x)]
+        return None if None in rows else torch.tensor(rows)
 
     @cached_property
     def logits(self) -> Tensor:
@@ -80,7 +80,7 @@ class CachedTeacher(nn.Module):
 
 
 def _pixels(images: Tensor) -> list[bytes]:
-    """Each image's pixels as bytes, which compare and hash by value."""
+    """The pixels of each image as bytes, which can be the key of a dictionary."""
     raw = images.detach().contiguous().numpy().tobytes()
     length = len(raw) // max(len(images), 1)
     return [raw[start : start + length] for start in range(0, len(raw), length)]

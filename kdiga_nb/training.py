@@ -1,12 +1,12 @@
 """``Schedule``, ``train_step`` and ``train``: one loop for every method.
 
-Each epoch draws its data order, augmentation, dropout and random starts from generators seeded by (seed, epoch), so an
-epoch is a function of the state before it: a training resumed from its last finished epoch, or from a point inside an
-epoch, repeats, bit for bit, what the uninterrupted one does on the same machine.
+Each epoch draws its data order, augmentation, dropout and random starts from generators seeded by (seed, epoch). The
+result of an epoch therefore depends only on the state before the epoch. A training that is resumed after an epoch, or
+inside one, gives bit for bit the result of an uninterrupted training on the same machine.
 
-The same loop runs on a CPU, a GPU, or several processes with a GPU each (torchrun): there every batch is shared out,
-and what the processes compute together is what one computes on the whole batch (``distributed``). On a GPU the nets lie
-in channels-last order, the optimiser is fused, matrix products use TF32, and the loop never waits for a number.
+The same loop runs on a CPU, on a GPU, or in several processes with one GPU each (torchrun). Several processes split
+each batch and together compute what one process computes on the whole batch (``numerics.distributed``). On a GPU the
+nets use the channels-last layout, the optimiser is fused, and matrix products use TF32.
 """
 
 import math
@@ -30,7 +30,7 @@ from kdiga_nb.numerics.memory import attempt, largest_that_fits
 from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device
 from kdiga_nb.teacher import prepared_teacher
 
-CHECK_EVERY = 50  # steps on a GPU between two looks at whether the terms are finite: each look waits for the GPU
+CHECK_EVERY = 50  # steps between two checks for non-finite terms on a GPU; each check waits for the GPU
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adamw")
 POLICIES = ("multistep", "one_cycle", "constant")
@@ -39,7 +39,7 @@ TRAINABLE = ("all", "head")
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on, with the reason."""
+    """A training that cannot continue, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Schedule:
     trainable: str = "all"
     selection: str = "last"
     selection_epsilon: float = 0.0
-    # Younger than the keys in people's stores, which these enter only where they differ from the default.
+    # Added later: omitted from run keys at the default, so old keys stay valid.
     precision: str = field(default="float32", metadata={"unnamed_at_default": True})
     images: int = field(default=0, metadata={"unnamed_at_default": True})
 
@@ -120,7 +120,7 @@ class Schedule:
 
 @dataclass
 class History:
-    """One row an epoch: epoch (from 1), learning_rate, each term's mean over the epoch, validation figures, seconds."""
+    """One row per epoch: epoch (from 1), learning_rate, mean of each term, validation accuracy, seconds."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     selected_epoch: int = 0
@@ -128,10 +128,10 @@ class History:
 
 @dataclass
 class TrainingState:
-    """A training between two steps: everything the rest of it depends on.
+    """A training between two steps: everything that the remaining steps depend on.
 
-    Between two epochs ``step`` is 0 and ``random`` empty; inside one they are the steps done and the states of the
-    generators.
+    Between two epochs, ``step`` is 0 and ``random`` is empty. Inside an epoch, ``step`` counts the steps done and
+    ``random`` holds the states of the generators.
     """
 
     student: nn.Module
@@ -147,7 +147,7 @@ class TrainingState:
     random: dict[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state under readable names, copied."""
+        """Copies of all tensors of the state, under readable names."""
         named = {f"student.{k}": v for k, v in self.student.state_dict().items()}
         named |= {f"best.{k}": v for k, v in self.best.items()}
         if isinstance(self.criterion, nn.Module):
@@ -158,7 +158,7 @@ class TrainingState:
         return {k: v.detach().clone().contiguous() for k, v in named.items()}
 
     def record(self) -> dict[str, Any]:
-        """The rest of the state, as JSON takes it."""
+        """The rest of the state, ready for JSON."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -169,7 +169,7 @@ class TrainingState:
         }
 
     def restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Take over a state saved by ``tensors`` and ``record``."""
+        """Load a state saved by ``tensors`` and ``record``."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -189,10 +189,10 @@ class TrainingState:
 
 
 def _slot(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A saved part of an optimiser's state as the optimiser itself would hold it."""
+    """A saved tensor of the optimiser's state, in the layout and on the device that the optimiser uses."""
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, requires_grad=False).copy_(value)
-    # The step count: only a fused optimiser keeps it on the GPU.
+    # The step count: a fused optimiser keeps the count on the GPU, any other on the CPU.
     return value.to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
@@ -209,10 +209,10 @@ def train_step(
     *,
     clip_norm: float = 0.0,
 ) -> dict[str, float]:
-    """One step on images (B, C, H, W) and labels (B,): the value of each weighted term, in nats.
+    """One optimiser step on images (B, C, H, W) and labels (B,); returns the value of each weighted term, in nats.
 
     Raises:
-        TrainingError: a term is not finite; the weights are as before the step.
+        TrainingError: a term is not finite; the weights are unchanged.
     """
     return {
         name: value.item() for name, value in _advance(student, teacher, method, optimizer, x, y, clip_norm).items()
@@ -230,9 +230,9 @@ def _advance(
     share: float = 1.0,
     check: bool = True,
 ) -> dict[str, Tensor]:
-    """``train_step`` that leaves the terms where they were computed, and looks at them only if asked to ``check``.
+    """``train_step`` whose terms stay on the device; ``check`` says whether to test them for finiteness.
 
-    ``share`` is how much more of the batch this process has than the average one has.
+    ``share`` is the size of this process's part of the batch, relative to the mean part.
     """
     terms = method(student, teacher, x, y)
     if share != 1:
@@ -241,7 +241,7 @@ def _advance(
         check_finite(terms)
     optimizer.zero_grad(set_to_none=True)
     parameters = _parameters(optimizer)
-    # Naming the inputs keeps the backward pass from also computing the gradient of every term for the pixels.
+    # With ``inputs`` the backward pass does not also compute the gradient of each term with respect to the pixels.
     torch.stack(list(terms.values())).sum().backward(inputs=parameters)
     distributed.average_gradients(parameters)
     if clip_norm:
@@ -301,15 +301,15 @@ def train(
     Args:
         teacher: used frozen, in eval mode.
         callbacks: called after each epoch with the ``TrainingState``.
-        save: called after each epoch, before the callbacks, and inside an epoch whenever ``save_seconds`` have gone by;
-            saving ``state.tensors()`` and ``state.record()`` there is what makes a kill cost no more than that.
-        resume: ``(state.tensors(), state.record())`` of an earlier point of the same training, on any device and any
-            number of processes.
+        save: called after each epoch, before the callbacks, and inside an epoch every ``save_seconds`` seconds. If it
+            saves ``state.tensors()`` and ``state.record()``, a killed training loses no more than that time.
+        resume: ``(state.tensors(), state.record())`` from an earlier point of the same training. The device and the
+            number of processes may differ.
 
     Raises:
         ValueError: a method that needs a teacher has none, or a selection on validation examples has none.
-        TrainingError: a term is not finite (names term, epoch and step), or the memory does not suffice (names the
-            batch size that fits).
+        TrainingError: a term is not finite (the message names term, epoch and step), or memory is insufficient (the
+            message names a batch size that fits).
     """
     if method.needs_teacher and teacher is None:
         raise ValueError(f"{type(method).__name__} needs a teacher")
@@ -343,7 +343,7 @@ def train(
 
 
 class _Saver:
-    """Calls ``save`` when asked to, and remembers when it last did."""
+    """Calls ``save`` and remembers when it last did."""
 
     def __init__(self, save: Callback | None, seconds: float):
         self.save, self.seconds, self.last = save, seconds, time.monotonic()
@@ -360,7 +360,7 @@ class _Saver:
 def _epoch(
     state: TrainingState, teacher: nn.Module | None, feed: Feed, schedule: Schedule, seed: int, saver: _Saver
 ) -> dict[str, float]:
-    """One pass over the fitting part, or what is left of it: the means of the terms."""
+    """One pass over the fitting part, or the rest of a pass; returns the mean of each term."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + state.epoch)
     _seed(state, feed, seed)
     steps, processes = feed.steps(schedule.batch_size), feed.shard.size
@@ -417,9 +417,9 @@ def _random_states(generator: torch.Generator, device: torch.device) -> dict[str
 
 
 def _seed(state: TrainingState, feed: Feed, seed: int) -> None:
-    """Set the generators of dropout and random starts for the epoch, or for the rest of it.
+    """Seed the generators of dropout and random starts, or restore their states inside an epoch.
 
-    Each process has its own, so inside an epoch only the first can take up the states it saved.
+    Each process has its own generators, and only rank 0 saves states, so the other ranks are seeded anew.
     """
     at = seed * 1_000_003 + state.epoch
     if not feed.shard.rank:
@@ -462,7 +462,7 @@ def _select(state: TrainingState, data: Data, schedule: Schedule, row: dict[str,
 
 
 def _score(student: nn.Module, data: Data, schedule: Schedule, row: dict[str, float]) -> float:
-    """Validation accuracy goes into the row; the score, by which epochs are selected, rises for ``last``."""
+    """Write the validation accuracies into the row and return the score; for ``last`` the score is the epoch."""
     validation = Split(*(part[: schedule.images or None] for part in data.validation))
     if len(validation.labels):
         row["validation_clean"] = _shared_accuracy(student, validation)
@@ -475,7 +475,7 @@ def _score(student: nn.Module, data: Data, schedule: Schedule, row: dict[str, fl
 
 
 def _shared_accuracy(student: nn.Module, part: Split, attack: Attack | None = None) -> float:
-    """Accuracy in per cent, the images shared out over the processes (whose random starts differ)."""
+    """Accuracy in per cent. Several processes split the images; their random starts differ."""
     device = next(student.parameters()).device
     rank, processes = distributed.rank(), distributed.world_size()
     if processes == 1:

@@ -7,7 +7,7 @@ from kdiga_nb.numerics.scopes import frozen
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> int:
-    """Refuse what would make a robustness number wrong in silence; gives the model's number of classes.
+    """Refuse inputs that would silently make a robustness number wrong; return the number of classes of the model.
 
     Raises:
         ValueError: images that are not float (B, C, H, W) in [0, 1], or labels that are not (B,) classes of the model.

@@ -1,4 +1,4 @@
-"""ℓ∞ attacks: FGSM and PGD are ours, AutoAttack is an adapter to its authors' library.
+"""FGSM and PGD under ℓ∞.
 
 An attack is loss × step × start × projection. PGD on the cross-entropy is
 
@@ -6,8 +6,8 @@ An attack is loss × step × start × projection. PGD on the cross-entropy is
     repeat steps times:
         x_adv = project(x_adv + step_size * sign(gradient of the loss at x_adv))
 
-with ``project`` the clamp to the ball of radius epsilon round x and to [0, 1] (Equation 19), and FGSM is its first full
-step without the random start. Both come from ``SignAscent``; another loss is another ``objective`` handed to
+with ``project`` the clamp to the ball of radius epsilon around x and to [0, 1] (Equation 19). FGSM is one step of
+length epsilon without the random start. Both are a ``SignAscent``; for another loss, pass another ``objective`` to
 ``perturb``, as TRADES does.
 
 Every attack guarantees: shape and dtype are kept, the result is detached and lies inside [0, 1], and
@@ -33,8 +33,8 @@ Objective = Callable[[Tensor], Tensor]
 def ball(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds of the images within epsilon of x and inside [0, 1].
 
-    x + epsilon is rounded to x's precision, upwards half of the time; such bounds are taken one representable number
-    back, so that the radius is never exceeded.
+    x + epsilon is rounded to the precision of x, half of the time away from x. Such a bound is moved back by one
+    representable number, so that the distance never exceeds the radius.
     """
     exact = x.double()
     upper, lower = (exact + epsilon).to(x.dtype), (exact - epsilon).to(x.dtype)
@@ -53,11 +53,11 @@ class SignAscent:
 
     @property
     def length(self) -> float:
-        """Of one step, in pixel units."""
+        """The length of one step, in pixel units."""
         return getattr(self, "step_size", self.epsilon)
 
     def start(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Where the ascent begins: x, or a uniform draw from its ball."""
+        """The start of the ascent: x, or a uniform draw from the ball around x."""
         if not self.random_start:
             return x.detach().clone()
         lower, upper = ball(x.detach(), self.epsilon)
@@ -69,7 +69,7 @@ class SignAscent:
         return (x_adv + self.length * gradient.sign()).clamp_(*ball(x, self.epsilon)).detach()
 
     def perturb(self, objective: Objective, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Raise ``objective``, images (B, C, H, W) -> (B,), inside the ball round x: one start, the last iterate."""
+        """Ascend ``objective``, images (B, C, H, W) -> (B,), in the ball around x; the last iterate of one start."""
         x = x.detach()
         lower, upper = ball(x, self.epsilon)
         x_adv = self.start(x, generator=generator)
@@ -83,8 +83,8 @@ class SignAscent:
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Adversarial images (B, C, H, W) for the cross-entropy of ``model``.
 
-        With several restarts, each further one is spent on the images that are still classified correctly, and the
-        image of highest loss is kept of those that never are misclassified.
+        Each further restart attacks only the images that are still classified correctly. For an image that no restart
+        fools, the adversarial image of highest loss is returned.
         """
         check_inputs(model, x, y)
         with frozen(model):

@@ -23,7 +23,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """Difference of logits ratio, (B, N), (B,) -> (B,): the margin over the lead of the first logit on the third.
+    """Difference of logits ratio, (B, N), (B,) -> (B,): the margin divided by the first minus the third logit.
 
     Neither a shift nor a positive scale of the logits changes it (Croce & Hein 2020). With two classes it is
     the margin.
@@ -48,13 +48,13 @@ def _lead(logits: Tensor, aims: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LossPGD(PGD):
-    """PGD on a loss of one's choice, all restarts in one batch; an image is given up as soon as one of them fools it.
+    """PGD on a chosen loss, with all restarts in one batch; an image is done as soon as one restart fools the net.
 
     Attributes:
         loss: ``cross_entropy``, ``margin``, ``dlr``, or ``targeted``: the lead of one wrong class over the true
             one, the likeliest at x in the first restart, the next in the second, and so on.
-        logit_scale: the logits are multiplied by it first. A net that saturates the cross-entropy by sheer size of its
-            logits has gradients again at a small scale.
+        logit_scale: factor on the logits. Very large logits saturate the cross-entropy; at a small scale the loss has
+            gradients again.
     """
 
     loss: str = "cross_entropy"
@@ -69,7 +69,7 @@ class LossPGD(PGD):
             raise ValueError(f"logit_scale must be positive, got {self.logit_scale}")
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Adversarial images (B, C, H, W): one that fools the net if a restart found it, else one of the restarts'."""
+        """Adversarial images (B, C, H, W): the image of a restart that fools the net, else that of any restart."""
         check_inputs(model, x, y)
         x = x.detach()
         found = x.clone()

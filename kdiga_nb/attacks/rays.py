@@ -13,11 +13,11 @@ from kdiga_nb.numerics.scopes import frozen, full_precision_inference
 
 @dataclass(frozen=True)
 class RayS:
-    """RayS (Chen & Gu 2020), which sees the decision alone: the nearest corner, searched by flipping blocks of signs.
+    """RayS (Chen & Gu 2020), which uses only the decision: search for the nearest corner by flipping blocks of signs.
 
-    A direction is a sign a pixel; its radius is how far one must go along it for another decision. Halving the block
-    size from the whole image down to single pixels, a flip is kept if it leads to a wrong decision within the radius so
-    far, which is then bisected.
+    A direction has one sign per pixel. The radius of a direction is the distance to the first wrong decision. The block
+    size halves from the whole image to single pixels. A flip is kept if it gives a wrong decision within the current
+    radius; bisection then finds the new radius.
     """
 
     epsilon: float

@@ -1,9 +1,9 @@
-"""Several processes on one training: rank, sums and means over them, BatchNorm; on one process all is the identity.
+"""Several processes in one training: rank, sums, BatchNorm, mean gradients. With one process nothing changes.
 
 Gradients are averaged explicitly after the backward pass instead of through DistributedDataParallel, whose hooks clash
-with a double backward pass. What mixes the examples of a batch inside the loss (BatchNorm in train mode, a norm over
-the whole batch) goes through ``summed``, which can be differentiated as often as one likes, so that N processes on N
-shards of a batch compute what one process computes on the whole.
+with a double backward pass. Two parts of the loss mix the examples of a batch: BatchNorm in train mode, and a norm over
+the whole batch. Both use ``summed``, which can be differentiated any number of times. N processes on N shards of a
+batch therefore compute what one process computes on the whole batch.
 """
 
 import os
@@ -28,7 +28,7 @@ def world_size() -> int:
 
 
 def join() -> None:
-    """Join the process group that torchrun started this process for, if it did: NCCL on GPUs, one each, else gloo."""
+    """Join the process group if torchrun started this process: NCCL with one GPU per process, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     gpus = torch.cuda.device_count()
@@ -44,7 +44,7 @@ def leave() -> None:
 
 
 def broadcast_from_rank0(decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank; the others do not call ``decide``."""
+    """Call ``decide`` on rank 0 only and broadcast the result."""
     if world_size() == 1:
         return decide()
     holder: list[Any] = [decide() if rank() == 0 else None]
@@ -53,7 +53,7 @@ def broadcast_from_rank0(decide: Callable[[], T]) -> T:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes. Its gradient is the sum of theirs: the same function again."""
+    """The sum of a tensor over the processes. The gradient is the sum of the gradients: the same function."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -97,9 +97,9 @@ class SynchronisedBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise(model: nn.Module) -> None:
-    """Let every BatchNorm2d of a net, in place, see the batch of all processes; nothing happens on one process.
+    """Make every BatchNorm2d of a net, in place, use the batch of all processes; with one process nothing changes.
 
-    Parameters, buffers and their names stay what they are.
+    Parameters, buffers and their names stay the same.
     """
     if world_size() == 1:
         return
@@ -112,7 +112,7 @@ def synchronise(model: nn.Module) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one all-reduce a dtype and device."""
+    """Replace every gradient by its mean over the processes, with one all-reduce per dtype and device."""
     if world_size() == 1:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}

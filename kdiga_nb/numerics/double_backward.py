@@ -1,13 +1,12 @@
-"""Convolution and batch normalisation whose second derivative costs what its arithmetic says.
+"""Convolution and batch normalisation with a fast double backward pass.
 
-Input gradient alignment differentiates a gradient. PyTorch can do that, at a price: the double backward of a grouped
-convolution loops over its groups, that of batch normalisation is a long chain of elementwise operations, and a
-convolution written as one autograd node in Python could not skip its weight gradient when only the pixels' is asked
-for. The modules here are ``nn.Conv2d`` and ``nn.BatchNorm2d`` with the same parameters, buffers, names and values.
-Inside ``twice_differentiable`` their forward pass records derivatives of our own; everywhere else they are PyTorch's.
+Input gradient alignment differentiates a gradient. PyTorch's double backward pass is slow in two places: a grouped
+convolution loops over its groups, and batch normalisation is a long chain of elementwise operations. The modules here
+are ``nn.Conv2d`` and ``nn.BatchNorm2d`` with the same parameters, buffers, names and values. Inside
+``twice_differentiable`` their forward pass records the derivatives below; everywhere else the modules are PyTorch's.
 
-Convolution. With y = x ∗ w, the gradients gx(gy, w) and gw(x, gy) are bilinear, like y itself, and the derivative of
-each of the three is made of the other two: nothing but plain convolutions, whatever the groups.
+Convolution. With y = x ∗ w, the gradients gx(gy, w) and gw(x, gy) are bilinear, as y is. The derivatives of each of the
+three functions are the other two functions, so only plain convolutions are needed, for any number of groups.
 
 Batch normalisation, train mode. With r = 1/√(var + eps), x̂ = (x − mean)·r and the projection P(u) = u − mean(u) −
 x̂·mean(u·x̂), a channel's gradient is gx = γ·r·P(gy). For a cotangent v of gx, with a = mean(v·x̂), b = mean(gy·x̂) and
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _scope = threading.local()
-# Up to this many elements the calls cost more than the arithmetic, and PyTorch's own path, of fewer calls, is quicker.
+# Up to this many elements, the overhead of calls dominates, and PyTorch's path, which has fewer calls, is faster.
 SMALL = 2**16
 
 
@@ -48,7 +47,7 @@ def _active(x: Tensor) -> bool:
 
 
 def use_operators(model: nn.Module) -> nn.Module:
-    """Turn every plain ``nn.Conv2d`` and ``nn.BatchNorm2d`` of the net into the ones here, in place."""
+    """Replace the class of every plain ``nn.Conv2d`` and ``nn.BatchNorm2d`` of the net by the class here, in place."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             module.__class__ = Conv2d
@@ -111,10 +110,10 @@ class _WeightGradient(torch.autograd.Function):
 
 
 class _Port(torch.autograd.Function):
-    """An end of a convolution's node: it stands for x or for w, and its backward pass does that side's work alone.
+    """One side of a convolution, x or w; the backward pass computes the gradient of this side only.
 
-    One node with two inputs would compute both gradients whenever it runs; as nodes of their own, the engine runs just
-    the sides that lead to what is asked for. The forward value is a zero that takes no memory. ``other`` is no input
+    One node with two inputs would always compute both gradients. With one node per input, the autograd engine runs only
+    the nodes whose gradient is needed. The forward value is a zero that takes no memory. ``other`` is no input
     of the node, for an input would be an edge.
     """
 
@@ -130,7 +129,7 @@ class _Port(torch.autograd.Function):
 
 
 class _Convolution(torch.autograd.Function):
-    """The value y = x ∗ w; its gradient is handed on to both ports."""
+    """The value y = x ∗ w; the gradient goes to both ports."""
 
     @staticmethod
     def forward(ctx: Any, x_port: Tensor, weight_port: Tensor, value: list[Tensor]) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -167,7 +166,7 @@ class Conv2d(nn.Conv2d):
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Train mode: x, γ, β -> y, by the batch's own statistics; the running ones are moved on."""
+    """Train mode: x, γ, β -> y with the statistics of the batch; updates the running statistics."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, running: Any, momentum: float, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -214,7 +213,7 @@ class _BatchNormGradient(torch.autograd.Function):
         channel = (slice(None), None, None)
 
         def spread(of_gradient: Tensor, of_x: Tensor, constant: Tensor, out: Tensor | None = None) -> Tensor:
-            """of_gradient·gy + of_x·(x − mean) + constant, each a channel's number, on top of ``out``."""
+            """of_gradient·gy + of_x·(x − mean) + constant, one number per channel, added to ``out``."""
             constant = constant - of_x * mean
             total = constant[channel].expand_as(x) if out is None else out.add_(constant[channel])
             total = torch.addcmul(total, x, of_x[channel])
@@ -223,7 +222,7 @@ class _BatchNormGradient(torch.autograd.Function):
         mean_gradient, b = to_bias / n, to_weight / n
         g_gradient = g_x = g_weight = None
         if v is not None:
-            # The kernel is quick where both lie in memory alike.
+            # The kernel is fast if both tensors have the same memory layout.
             order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
             g_gradient, sum_v_x, sum_v = _kernel(v.contiguous(memory_format=order), x, weight, mean, scale, ctx.eps)
             a = sum_v_x / n
@@ -248,7 +247,7 @@ class _BatchNormGradient(torch.autograd.Function):
 
 
 def _like(tensor: Tensor, value: Tensor | None) -> Tensor | None:
-    """Under autocast activations are bf16 and their statistics, like all sums over them, are fp32."""
+    """Cast to the dtype of ``tensor``: under autocast activations are bf16, and sums over them are fp32."""
     return None if value is None else value.to(tensor.dtype)
 
 
@@ -266,7 +265,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             running = (self.running_mean, self.running_var)
             return _BatchNorm.apply(input, self.weight, self.bias, running, self.momentum, self.eps)  # pyright: ignore[reportReturnType]
         assert self.running_mean is not None and self.running_var is not None
-        # Fixed statistics make it one scale and one shift a channel, which differentiate cheaply as they are.
+        # With fixed statistics the layer is one scale and one shift per channel, whose derivatives are cheap.
         scale = self.weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.bias - self.running_mean * scale
         return torch.addcmul(shift[:, None, None], input, scale[:, None, None]).to(input.dtype)
