@@ -66,6 +66,20 @@ class TestAccuracy(Measure):
         return with_mask(classified_correctly(model, x, y, attack=self.attack))
 
 
+@dataclass(frozen=True)
+class ValidationAccuracy(Measure):
+    """Accuracy on the held-out training images, under ``attack`` if there is one: what settings are chosen by."""
+
+    attack: Attacking | None = None
+
+    def __call__(
+        self, model: nn.Module, data: Data, *, reference: nn.Module | None = None, state: Path | None = None
+    ) -> dict[str, Any]:
+        device = next(iter(model.parameters()), torch.empty(0)).device
+        x, y = (part.to(device) for part in data.validation)
+        return with_mask(classified_correctly(folded_copy(model, data.image_shape), x, y, attack=self.attack))
+
+
 def with_mask(correct: Tensor) -> dict[str, Any]:
     """The accuracy that a mask (n,) of correct decisions stands for, and the mask as text under ``survivors``."""
     mask = "".join("1" if one else "0" for one in correct.tolist())

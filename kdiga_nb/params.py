@@ -144,6 +144,7 @@ class Params(BaseModel):
         default="paper",
     )
     seeds: Seeds = _knob("one training per seed; mean and interval are over them (the paper trains once)")
+    shared_teacher: bool = _knob("one robust teacher, of the first seed, for the students of all seeds", default=False)
     device: Device = _knob("auto, cpu or cuda", default="auto")
 
     epsilon: Radius = _knob("radius of the ℓ∞ ball (App. D: 8/255)")
@@ -220,6 +221,9 @@ class Table1Params(IsdParams):
     """Table 1 and Figure 1, which share their runs."""
 
     section: ClassVar[str] = "table1"
+    lambda_zero: Weight = _knob("control: weight of KDIGA's alignment where its target gradient is zero")
+    lambda_penalty: Weight = _knob("control: weight of the gradient penalty without a teacher")
+    all_seeds_rows: list[str] = _knob("rows trained with every seed, the others with the first; empty: all", default=[])
     source_tinyimagenet: MaybeDataset = _knob("IGAM's first source task, in the place of TinyImageNet; none: not run")
     source_mnist: MaybeDataset = _knob("IGAM's second source task (Chan et al.: MNIST); none: not run")
     source_mnist_net: ModelName = _knob("net of IGAM's second source teacher")

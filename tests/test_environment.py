@@ -228,7 +228,7 @@ def test_the_readmes_table_is_the_committed_result() -> None:
 
 
 def test_the_table_on_photographs_is_the_committed_result() -> None:
-    expected = quoted("cifar10_small", CIFAR_ROWS, ["clean, ours", "pgd20, ours", "autoattack, ours"])
+    expected = quoted("cifar10_cpu", CIFAR_ROWS, ["clean, ours", "pgd20, ours", "autoattack, ours"])
     assert_table("docs/results.md", "| row of Table 1 | clean | PGD-20", expected)
 
 
@@ -249,7 +249,7 @@ def test_the_findings_quote_the_published_tables() -> None:
     assert len(bound) * 500 == 2000
     sentences = [
         f"under PGD-20 and AutoAttack is {transfer('digits')}",
-        f"with small nets it is {transfer('cifar10_small')}",
+        f"with small nets it is {transfer('cifar10_cpu')}",
         f"rises from {st:.1f} % (ST) to {first:.1f} % after one loop, and falls to {sixth:.1f} % after six loops",
         loops_on_photographs(),
         f"certified radius on {kept[0]:.1f} % of the images, and aligning all logits keeps it on {kept[1]:.1f} %",
@@ -260,7 +260,7 @@ def test_the_findings_quote_the_published_tables() -> None:
 
 
 def loops_on_photographs() -> str:
-    table = table_of("cifar10_small", "table1")
+    table = table_of("cifar10_cpu", "table1")
     start, third = value(table, "st", "pgd20"), value(table, "isd_wot_3", "pgd20")
     reported = table[(table["row"] == "isd_wot_3") & (table["metric"] == "pgd20")]["reported"].iloc[0]
     return f"lead from {start:.1f} to {third:.1f} % under PGD-20, where the paper reports {reported:.1f} %"

@@ -27,6 +27,7 @@ from kdiga_nb.methods import (
     PRESETS,
     ST,
     TRADES,
+    GradientPenalty,
     Method,
     Terms,
     effective_lambda_iga,
@@ -190,6 +191,23 @@ def expected_kdiga(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
     }
 
 
+def expected_kdiga_zero(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    """KD and a penalty on the size of the student's input gradient."""
+    norms = pixel_gradient(s, *b).flatten(1).square().sum(1).sqrt()
+    return expected_kdiga(s, t, b) | {"alignment": 2 * norms.mean()}
+
+
+def expected_kdiga_shuffled(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    order = torch.randperm(len(b.labels))
+    difference = pixel_gradient(s, *b) - pixel_gradient(t, *b).detach()[order]
+    return expected_kdiga(s, t, b) | {"alignment": 2 * difference.flatten(1).square().sum(1).sqrt().mean()}
+
+
+def expected_penalty(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    return expected_st(s, t, b) | {"penalty": expected_kdiga_zero(s, t, b)["alignment"]}
+
+
 def expected_kdiga_fgsm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
     x_adv = (b.images + 0.1 * pixel_gradient(s, *b).sign()).clamp(0, 1)
     moved = expected_kdiga(s, t, Split(x_adv, b.labels))
@@ -231,6 +249,9 @@ def expected_trades(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
         (ST(), expected_st),
         (KD(lambda_ce=0.3, lambda_kl=0.9, temperature=4), expected_kd),
         (KDIGA(lambda_iga=2), expected_kdiga),
+        (KDIGA(lambda_iga=2, target_gradient="zero"), expected_kdiga_zero),
+        (KDIGA(lambda_iga=2, target_gradient="shuffled"), expected_kdiga_shuffled),
+        (GradientPenalty(2), expected_penalty),
         (KDIGA(lambda_iga=2, attack=FGSM(0.1)), expected_kdiga_fgsm),
         (ARD(ATTACK), expected_ard),
         (ARD(ATTACK, target="adversarial"), expected_ard_adversarial),
@@ -339,6 +360,9 @@ def passes_of_the_loss() -> dict[str, tuple[Method, int]]:
         "st": (ST(), 1),
         "kd": (KD(), 1),
         "kdiga": (KDIGA(), 1),
+        "kdiga, zero": (KDIGA(target_gradient="zero"), 1),
+        "kdiga, shuffled": (KDIGA(target_gradient="shuffled"), 1),
+        "gradient_penalty": (GradientPenalty(), 1),
         "kdiga+fgsm": (KDIGA(attack=FGSM(0.1)), 2),
         "ard": (ARD(ATTACK), 2),
         "kdiga_ard_c": (KDIGA_ARD_C(ATTACK), 2),

@@ -62,7 +62,7 @@ def notebook_defaults(name: str) -> dict[str, Any]:
 
 
 def test_there_is_one_file_per_scale():
-    assert set(SCALES) == {"smoke", "digits", "cifar10", "cifar10_small", "imagenette", "imagenet"}
+    assert set(SCALES) == {"smoke", "digits", "cifar10", "cifar10_cpu", "imagenette", "imagenet"}
     assert {path.name for path in PARAMS.iterdir()} == {f"{scale}.yaml" for scale in SCALES}
 
 

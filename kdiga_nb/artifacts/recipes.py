@@ -7,7 +7,20 @@ from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import PGD, evaluation_pgd
 from kdiga_nb.isd import isd_with_teacher, isd_without_teacher
 from kdiga_nb.measures import Measure, TestAccuracy
-from kdiga_nb.methods import ARD, AT, IGAM, KD, KDIGA, KDIGA_ARD_A, KDIGA_ARD_C, ST, TRADES, Method, with_preset
+from kdiga_nb.methods import (
+    ARD,
+    AT,
+    IGAM,
+    KD,
+    KDIGA,
+    KDIGA_ARD_A,
+    KDIGA_ARD_C,
+    ST,
+    TRADES,
+    GradientPenalty,
+    Method,
+    with_preset,
+)
 from kdiga_nb.params import NONE, IsdParams, Params, Table1Params
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.graph import Job
@@ -112,7 +125,8 @@ def trades_teacher(params: Params) -> Nets:
     if params.teacher_checkpoint:
         return published_nets(params, params.teacher_checkpoint, params.teacher)
     method = TRADES(training_attack(params), params.beta)
-    return runs_per_seed(params, method, params.teacher, schedule=teacher_schedule(params))
+    teachers = runs_per_seed(params, method, params.teacher, schedule=teacher_schedule(params))
+    return teachers[:1] * len(teachers) if params.shared_teacher else teachers
 
 
 def pgd_teacher(params: Params) -> PerSeed:
@@ -246,7 +260,31 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         rows[isd_row("isd_wit", loop)] = (f"TRADES teacher → {isd_label('isd_wit', loop)}", runs)
     for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
-    return rows
+    rows |= control_runs(params)
+    every = params.all_seeds_rows or list(rows)
+    return {
+        name: (label, tuple(dict.fromkeys(runs if name in every else runs[:1]))) for name, (label, runs) in rows.items()
+    }
+
+
+def control_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
+    """Controls that the paper lacks: the alignment without the teacher's gradient, or without the teacher."""
+    teacher = trades_teacher(params)
+    zero = method_of(params, KDIGA, lambda_iga=params.lambda_zero, target_gradient="zero")
+    shuffled = method_of(params, KDIGA, target_gradient="shuffled")
+    self_zero = method_of(params, KDIGA, lambda_iga=params.lambda_isd, target_gradient="zero")
+    return {
+        "kdiga_zero": ("TRADES teacher → KD + gradient penalty", runs_per_seed(params, zero, teacher=teacher)),
+        "kdiga_shuffled": (
+            "TRADES teacher → KDIGA, teacher's gradients shuffled",
+            runs_per_seed(params, shuffled, teacher=teacher),
+        ),
+        "penalty": ("gradient penalty, no teacher", runs_per_seed(params, GradientPenalty(params.lambda_penalty))),
+        "isd_wot_1_zero": (
+            f"{isd_label('isd_wot', 1)} with a gradient penalty instead of the alignment",
+            isd_wot_runs(params, dropout=True, method=self_zero)[0],
+        ),
+    }
 
 
 def kdiga_students(params: Params) -> PerSeed:

@@ -139,6 +139,31 @@ def measured(run: Source, measure: Measure, *, reference: Source | None = None) 
     return result if result is not None and measure.accepts(result) else None
 
 
+def halve_weights(run: Run) -> None:
+    """Store a finished run's weights as float16, half the size; what is measured and taught later is the rounded net.
+
+    Statistics of batch normalisation stay in float32. Half precision has 11 significant bits: a weight changes by at
+    most 1 part in 2,000.
+
+    Raises:
+        StoreError: a weight is too large for float16.
+    """
+    home = folder(run)
+    with _lock(run):
+        record = json.loads((home / "run.json").read_text())
+        if record.get("weights") == "float16":
+            return
+        weights = safetensors.torch.load_file(home / "model.safetensors")
+        parameters = {name for name, _ in _fresh(run).named_parameters()}
+        half = {name: value.half() if name in parameters else value for name, value in weights.items()}
+        for name, value in half.items():
+            if not value.isfinite().all():
+                raise StoreError(f"run {run_key(run)}: {name} does not fit into float16")
+        write_file(home / "model.safetensors", lambda partial: safetensors.torch.save_file(half, partial))
+        record |= {"weights": "float16", "sha256": digest_of(home / "model.safetensors")}
+        write_json(home / "run.json", record)
+
+
 def check_writable(home: Path) -> None:
     """Check that a folder can be created and written, before any work is done.
 

@@ -191,8 +191,8 @@ def test_accuracies_of_shared_runs_are_measured_once(scale: str):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_method_is_part_of_some_artefact(scale: str):
     used = {type(run.method) for name in ARTIFACTS for run in all_runs(experiment(scale, name))}
-    # IGAM's source tasks are CIFAR-10's, and cifar10_small leaves its wide nets out.
-    without = scale.startswith("imagenet") or scale == "cifar10_small"
+    # IGAM's source tasks are CIFAR-10's, and cifar10_cpu leaves its wide nets out.
+    without = scale.startswith("imagenet") or scale == "cifar10_cpu"
     assert used >= set(METHODS.values()) - ({IGAM} if without else set())
 
 

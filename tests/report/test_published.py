@@ -16,7 +16,7 @@ from kdiga_nb.report.published import agrees, compare, summary
 from kdiga_nb.runs.graph import Outcome
 
 NAN = math.nan
-SCALES = ["digits", "cifar10_small"]
+SCALES = ["digits", "cifar10_cpu"]
 
 
 @pytest.fixture(autouse=True)
