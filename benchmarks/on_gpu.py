@@ -77,7 +77,9 @@ def batch(n: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[Tens
 
 def gradient(name: str, device: str, dtype: torch.dtype, layout: torch.memory_format, bf16: bool) -> Tensor:
     """KDIGA's gradient with respect to all parameters of a student of this kind, as one float64 vector on the CPU."""
-    student, teacher = (net(name, seed, dtype).to(device, memory_format=layout) for seed in (0, 1))
+    student, teacher = (net(name, seed, dtype).to(device) for seed in (0, 1))
+    for one in (student, teacher):
+        one.to(memory_format=layout)  # pyright: ignore[reportCallIssue] (missing in the stubs)
     teacher.eval().requires_grad_(False)
     models = [Autocast(one, torch.device(device)) if bf16 else one for one in (student, teacher)]
     terms = KDIGA()(models[0], models[1], *batch(16, device, dtype))
@@ -331,7 +333,8 @@ def paper_net(epochs: int, loops: int) -> list[Run]:
     more = {"loops": max(1, loops), "learning_rate_decay": 1.0}
     params = at_scale(Table1Params, "cifar10", short | rest | more)
     rows = table1_runs(params)
-    return [standard_training(params)[0], *(rows[f"isd_wot_{loop}"][1][0] for loop in range(1, loops + 1))]
+    loop_runs = [run for loop in range(1, loops + 1) for run in rows[f"isd_wot_{loop}"][1] if isinstance(run, Run)]
+    return [standard_training(params)[0], *loop_runs]
 
 
 def learn(arguments: argparse.Namespace) -> None:

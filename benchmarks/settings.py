@@ -2,10 +2,13 @@
 
     python benchmarks/settings.py [--scale digits] [--folds 5] [--first 5] [--weights 0.5 1 1.5 2 3 4]
 
-In each fold a TRADES teacher, ST, KD, and KDIGA at every weight are trained on the other folds and measured on the one
-held out: clean and PGD-20 accuracy, as Table 1 measures them. ISD-WoT-1 starts from the fold's ST net. No test image
-is looked at. The rule is the paper's claim turned round: among the weights whose clean accuracy is not below KD's (for
-self-distillation ST's), the one of highest PGD-20 accuracy.
+In each fold a TRADES teacher, ST, KD, and at every weight KDIGA, KDIGA with a zero target gradient and the gradient
+penalty without a teacher are trained on the other folds and measured on the one held out: clean and PGD-20 accuracy, as
+Table 1 measures them. ISD-WoT-1 starts from the fold's ST net. No test image is looked at.
+
+The rule is the paper's claim turned round: among the weights whose clean accuracy is at most half a point below
+KD's (for self-distillation and the penalty ST's), the one of highest PGD-20 accuracy. (Half a point: on the digits one
+standard error is 0.3 points, and nets of two processors differ by as much.)
 """
 
 import argparse
@@ -22,11 +25,14 @@ from torch import nn
 from kdiga_nb.artifacts.recipes import method_of, schedule_of, teacher_schedule, training_attack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Split, load_data
-from kdiga_nb.methods import KD, KDIGA, ST, TRADES, Method
+from kdiga_nb.methods import KD, KDIGA, ST, TRADES, GradientPenalty, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import build_model
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.training import Schedule, train
+
+# Kind of candidate -> the net whose clean accuracy the candidate must keep.
+BASES = {"kdiga": "kd", "kdiga_zero": "kd", "penalty": "st", "isd_wot_1": "st"}
 
 
 def folds(data: Data, number: int, seed: int, most: int) -> list[Data]:
@@ -86,6 +92,9 @@ class Fold:
         for weight in weights:
             method = method_of(params, KDIGA, lambda_iga=weight)
             found[f"kdiga {weight:g}"] = self.worth(self.trained(method, params.student, schedule, self.teacher))
+            method = method_of(params, KDIGA, lambda_iga=weight, target_gradient="zero")
+            found[f"kdiga_zero {weight:g}"] = self.worth(self.trained(method, params.student, schedule, self.teacher))
+            found[f"penalty {weight:g}"] = self.worth(self.trained(GradientPenalty(weight), params.student, schedule))
         loop = replace(
             schedule_of(params, params.isd_epochs), learning_rate=params.learning_rate * params.learning_rate_decay
         )
@@ -98,7 +107,7 @@ class Fold:
 
 def chosen(means: dict[str, tuple[float, float]], kind: str, base: str) -> str:
     """The rule of the module's docstring."""
-    allowed = {k: v for k, v in means.items() if k.startswith(f"{kind} ") and v[0] >= means[base][0]}
+    allowed = {k: v for k, v in means.items() if k.startswith(f"{kind} ") and v[0] >= means[base][0] - 0.5}
     return max(allowed, key=lambda name: allowed[name][1]) if allowed else "none"
 
 
@@ -129,7 +138,7 @@ def main() -> None:
         "folds": f"{len(found)} of {arguments.folds}",
         "mean clean and PGD-20 accuracy on the held-out folds": mean,
         "by fold": found,
-        "chosen": {kind: chosen(mean, kind, base) for kind, base in (("kdiga", "kd"), ("isd_wot_1", "st"))},
+        "chosen": {kind: chosen(mean, kind, base) for kind, base in BASES.items()},
     }
     print(json.dumps(result, indent=1))
 

@@ -37,8 +37,8 @@ from kdiga_nb.params import (
     scales,
     unknown_key,
 )
-from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
-from kdiga_nb.runs.graph import Job, Outcome, default_workers, graph_of, run_all, title
+from kdiga_nb.runs import Checkpoint, Run, StoreError, checkpoints, shipped
+from kdiga_nb.runs.graph import NO_TRAINING, Job, Outcome, default_workers, graph_of, run_all, title
 from kdiga_nb.runs.listing import list_store, stored
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import check_writable, measure
@@ -136,6 +136,9 @@ def reproduce(
     executor: ExecutorOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print what would be done, and do nothing.")] = False,
     again: Annotated[bool, typer.Option(help="Also run the notebooks whose inputs have not changed.")] = False,
+    training: Annotated[
+        bool, typer.Option("--training/--no-training", help="Train and measure what the store lacks, or leave it out.")
+    ] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the scale's file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
@@ -156,7 +159,10 @@ def reproduce(
     if dry_run:
         _print_plan(experiments, todo)
         return
-    _check_sources(todo)
+    if training:
+        _check_sources(todo)
+    else:
+        os.environ[NO_TRAINING] = "1"
     try:
         check_writable(paths.runs())
         check_writable(paths.executed(scale))
@@ -425,6 +431,55 @@ def _so_far(entry: dict[str, Any]) -> list[str]:
     if entry.get("seconds_left"):
         parts.append(f"{entry['seconds_left'] / 60:.0f} min left")
     return parts
+
+
+store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
+app.add_typer(store_app, name="store")
+PUBLISHED = "digits, cifar10_cpu, …"
+
+
+@store_app.command("pull")
+def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
+    """Copy a scale's published runs into the run store; what is there stays."""
+    _one_of("SCALE", scale, scales())
+    try:
+        pulled = shipped.pull(scale)
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+    typer.echo(f"{len(pulled.copied)} runs copied to {_shown(paths.runs())}, {len(pulled.there)} were there")
+
+
+@store_app.command("verify")
+def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
+    """Check the sha256 of every published file of a scale."""
+    _one_of("SCALE", scale, scales())
+    try:
+        lines = shipped.faults(scale)
+        number = len(shipped.manifest(scale)["files"])
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+    if lines:
+        raise _fail("\n".join(f"{scale}: {line}" for line in lines), 1)
+    typer.echo(f"{number} files, all as in the manifest")
+
+
+@store_app.command("pack")
+def store_pack(
+    scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")],
+    row: Annotated[list[str] | None, typer.Option(help="Rows of Table 1 whose first seed's weights go along.")] = None,
+) -> None:
+    """For maintainers: publish the finished runs of a scale, and the weights of some rows of Table 1."""
+    _one_of("SCALE", scale, scales())
+    experiments = [load(scale, name, {}) for name in EVERY]
+    rows = {one.id: one for one in load(scale, "table1", {}).rows}  # pyright: ignore[reportOptionalMemberAccess]
+    chosen = [rows[_one_of("--row", name, list(rows))] for name in row or []]
+    every = [job.run for job in graph_of(job for one in experiments if one for job in one.jobs())]
+    try:
+        keys = shipped.pack(scale, [run for run in every if isinstance(run, Run)], [one.runs[0] for one in chosen])
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+    size = sum(path.stat().st_size for path in shipped.home_of(scale).rglob("*") if path.is_file())
+    typer.echo(f"{len(keys)} runs, {len(chosen)} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}")
 
 
 @app.command("data")

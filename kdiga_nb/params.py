@@ -351,6 +351,17 @@ class AblationParams(Params):
     )
 
 
+class AlignmentParams(Table1Params):
+    """How much of KDIGA's gain is a gradient penalty: a grid of weights for KDIGA and its controls."""
+
+    section: ClassVar[str] = "alignment_or_penalty"
+    grid: Annotated[list[Positive], Field(min_length=1)] = _knob(
+        "weights of the alignment and of both penalties", default=[0.3, 1.0, 3.0, 10.0]
+    )
+    isd_grid: list[Positive] = _knob("weights of the alignment in one loop of ISD-WoT; empty: lambda_isd", default=[])
+    gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
+
+
 class ParetoParams(Params):
     """KDIGA+FGSM against fast adversarial training and ARD at its own settings, at the same training cost."""
 

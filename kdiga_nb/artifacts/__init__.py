@@ -3,9 +3,11 @@
 from kdiga_nb.artifacts.explore import CHAINS, Point, explore, explored, reference_teacher
 from kdiga_nb.artifacts.paper import figure1, table1, table2, table3, table4, table5, table6
 from kdiga_nb.artifacts.studies import (
+    WEIGHTED,
     Effect,
     Factor,
     ablations,
+    alignment_or_penalty,
     audit_jobs,
     audit_plan,
     factors,
@@ -16,11 +18,14 @@ from kdiga_nb.artifacts.studies import (
     prop1_certified,
     prop2_bound,
     robustness_audit,
+    weighted_row,
+    weights_of,
     worth_of_test_selection,
 )
 from kdiga_nb.artifacts.table import Artifact, Cell, Experiment, Nets, PerSeed, Row
 from kdiga_nb.params import (
     AblationParams,
+    AlignmentParams,
     AuditParams,
     ExploreParams,
     IsdAutoAttackParams,
@@ -52,5 +57,6 @@ STUDIES: dict[str, Artifact] = {
     "prop2_bound": Artifact(Prop2Params, prop2_bound),
     "ablations": Artifact(AblationParams, ablations),
     "pareto": Artifact(ParetoParams, pareto),
+    "alignment_or_penalty": Artifact(AlignmentParams, alignment_or_penalty),
 }
 EVERY: dict[str, Artifact] = ARTIFACTS | STUDIES

@@ -38,7 +38,15 @@ from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
 from kdiga_nb.audit.verdict import Found
 from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy
 from kdiga_nb.methods import ARD, AT, KD, KDIGA, KDIGA_ARD_A, ST, TRADES, Method
-from kdiga_nb.params import AblationParams, AuditParams, IsdAutoAttackParams, ParetoParams, Prop1Params, Prop2Params
+from kdiga_nb.params import (
+    AblationParams,
+    AlignmentParams,
+    AuditParams,
+    IsdAutoAttackParams,
+    ParetoParams,
+    Prop1Params,
+    Prop2Params,
+)
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, Source
 from kdiga_nb.runs.store import history, measured
@@ -386,3 +394,56 @@ def pareto(params: ParetoParams) -> Experiment:
         )
         rows.append(Row(name, label, runs, cells))
     return Experiment("pareto", "KDIGA+FGSM at the cost of adversarial training", tuple(rows), params)
+
+
+# Kind of the study's rows -> what a reader sees, and the setting that the grid replaces.
+WEIGHTED = {
+    "kdiga": ("KDIGA", "lambda_iga"),
+    "kdiga_shuffled": ("KDIGA, teacher's gradients shuffled", "lambda_iga"),
+    "kdiga_zero": ("KD + gradient penalty", "lambda_zero"),
+    "penalty": ("gradient penalty, no teacher", "lambda_penalty"),
+    "isd_wot_1": ("ISD-WoT-1", "lambda_isd"),
+}
+
+
+def weighted_row(kind: str, weight: float) -> str:
+    """The row id of a kind of ``WEIGHTED`` at a weight: kdiga_0p3."""
+    return f"{kind}_{weight:g}".replace(".", "p")
+
+
+def weights_of(params: AlignmentParams, kind: str) -> list[float]:
+    """The weights at which a kind of ``WEIGHTED`` is trained."""
+    return (params.isd_grid or [params.lambda_isd]) if kind == "isd_wot_1" else params.grid
+
+
+def alignment_or_penalty(params: AlignmentParams) -> Experiment:
+    """KDIGA beside its controls over a grid of weights: is the gain the teacher's gradient, or a small gradient?
+
+    Every net is measured clean and under PGD, with the mean norm of its input gradient and, where there is a robust
+    teacher, the mean cosine to the teacher's gradient.
+    """
+    gradients = Gradients(params.epsilon, params.gradient_images)
+    teachers = trades_teacher(params)
+    attack, images = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts), params.test_images or None
+    # Paired comparisons need to know which images were withstood.
+    accuracies = {
+        "clean": TestAccuracy(None, images, needs_mask=True),
+        f"pgd{params.pgd_steps}": TestAccuracy(attack, images, needs_mask=True),
+    }
+
+    def row(name: str, label: str, runs: Nets, compare: bool) -> Row:
+        cells = [cell_of(metric, runs, measure) for metric, measure in accuracies.items()]
+        if compare:
+            cells += [_compared(key, runs, gradients, teachers, key) for key in ("norm", "cosine")]
+        return Row(name, label, trained_runs(runs), tuple(cells))
+
+    fixed = table1_runs(params)
+    compared = ("kd", "isd_wot_1_zero")
+    rows = [row(name, *fixed[name], name in compared) for name in ("st", "kd", "trades_teacher", "isd_wot_1_zero")]
+    for kind, (label, setting) in WEIGHTED.items():
+        for weight in weights_of(params, kind):
+            at_weight = params.model_copy(update={setting: weight})
+            runs = table1_runs(at_weight)[kind][1]
+            rows.append(row(weighted_row(kind, weight), f"{label}, λ = {weight:g}", runs, True))
+    title = "The teacher's gradient, or a small gradient?"
+    return Experiment("alignment_or_penalty", title, tuple(rows), params)

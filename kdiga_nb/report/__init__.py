@@ -21,4 +21,12 @@ from kdiga_nb.report.numbers import (
     verdict_table,
     with_training_cost,
 )
-from kdiga_nb.report.study_figures import plot_audit, plot_effects, plot_radii, plot_surfaces, plot_tightness
+from kdiga_nb.report.pairs import Difference, compare
+from kdiga_nb.report.study_figures import (
+    plot_audit,
+    plot_effects,
+    plot_radii,
+    plot_surfaces,
+    plot_tightness,
+    plot_weights,
+)

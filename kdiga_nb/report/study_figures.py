@@ -5,13 +5,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from kdiga_nb.artifacts.studies import Effect
+from kdiga_nb.artifacts.studies import WEIGHTED, Effect, weighted_row, weights_of
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
+from kdiga_nb.params import AlignmentParams
 from kdiga_nb.report.figures import PALETTE, one_panel, plain_axes
-from kdiga_nb.report.numbers import metric_name, results, short
+from kdiga_nb.report.numbers import metric_name, results, short, values
 
 
 def plot_audit(audits: Mapping[str, Found], title: str) -> Figure:
@@ -127,4 +129,33 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], title: str) -> Figure:
     axes.set_xlabel("change of accuracy (percentage points)")
     axes.set_title(title)
     axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
+def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, title: str) -> Figure:
+    """Robust against clean accuracy of every kind of ``WEIGHTED``: one line per kind, one point per weight λ.
+
+    A kind whose line lies above another's is more robust at the same clean accuracy, whatever the weights.
+    """
+    numbers = values(table)
+    figure, axes = one_panel(8.6, 5.0)
+    for index, (kind, (label, _)) in enumerate(WEIGHTED.items()):
+        rows = [(weight, weighted_row(kind, weight)) for weight in weights_of(params, kind)]
+        points = [(weight, numbers[row, "clean"], numbers[row, robust]) for weight, row in rows]
+        points = [point for point in points if not np.isnan(point[1:]).any()]
+        xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
+        style: dict[str, Any] = {"color": PALETTE[index], "marker": "o^sDv"[index], "markersize": 6}
+        axes.plot(xs, ys, label=label, linewidth=1.2, **style)
+        for weight, x, y in points:
+            place = ((5, 5), (5, -11), (-8, 7), (6, -4), (5, 5))[index]  # lines may lie close together
+            axes.annotate(f"{weight:g}", (x, y), place, textcoords="offset points", fontsize=8, color=PALETTE[index])
+    stars = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
+    for row, words in stars.items():
+        x, y = numbers[row, "clean"], numbers[row, robust]
+        axes.plot(x, y, "*", color="0.2", markersize=10)
+        axes.annotate(words, (x, y), (-8, 8), textcoords="offset points", fontsize=9, color="0.2", ha="right")
+    axes.set_xlabel("clean accuracy (%)")
+    axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
+    axes.set_title(title)
+    axes.legend(loc="lower left", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9)
     return figure

@@ -132,6 +132,22 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def rounded(weights: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Weights in float16; statistics of batch normalisation stay in float32.
+
+    Raises:
+        StoreError: a weight is too large for float16; ``what`` names the net.
+    """
+    half = {
+        name: value.half() if value.is_floating_point() and ".running_" not in f".{name}" else value
+        for name, value in weights.items()
+    }
+    for name, value in half.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise StoreError(f"{what}: {name} does not fit into float16")
+    return half
+
+
 def is_url(path: str) -> bool:
     """Whether a checkpoint's path has to be downloaded."""
     return urlparse(path).scheme in ("http", "https")

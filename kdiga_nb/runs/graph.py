@@ -22,6 +22,8 @@ from kdiga_nb.runs.run import _NAMES, Run, Source, ancestors, run_key
 from kdiga_nb.runs.store import check_writable, is_finished, load_or_train, log, measure, measured
 from kdiga_nb.training import Callback, TrainingState
 
+NO_TRAINING = "KDIGA_NO_TRAINING"  # environment variable, which worker processes and notebooks inherit
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,7 +82,8 @@ def run_all(
 ) -> Outcome:
     """Do the jobs and everything that they depend on, independent jobs at the same time.
 
-    If a job fails, the jobs that depend on it fail too, and no others.
+    If a job fails, the jobs that depend on it fail too, and no others. Where the environment variable
+    ``KDIGA_NO_TRAINING`` is set, nothing is trained or measured, and the store stays as it is.
 
     Args:
         workers: local processes (default: one per core); 1 works in this process.
@@ -90,7 +93,7 @@ def run_all(
     graph = graph_of(jobs)
     todo = distributed.broadcast_from_rank0(lambda: [job for job in graph if not job.is_done()])
     outcome = Outcome(cached=len(graph) - len(todo))
-    if not todo:
+    if not todo or os.environ.get(NO_TRAINING):
         return outcome
     check_writable(paths.runs())
     workers = workers or default_workers(device)

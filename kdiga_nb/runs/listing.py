@@ -10,7 +10,7 @@ import safetensors.torch
 
 from kdiga_nb import paths
 from kdiga_nb.measures import Measure
-from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of
+from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of, rounded
 from kdiga_nb.runs.run import Run, folder
 from kdiga_nb.runs.store import measure, measures_of, read_history, write_file, write_json
 
@@ -46,7 +46,7 @@ def export(key: str, path: Path, checks: Mapping[str, Measure]) -> dict[str, Any
     trained = stored(key)
     home = Path(trained.path).parent
     weights = safetensors.torch.load_file(trained.path)
-    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    half = rounded(weights, f"run {key}")
     write_file(path, lambda partial: safetensors.torch.save_file(half, partial))
     written = Checkpoint(str(path), digest_of(path), "safetensors", trained.model)
     accuracy = {

@@ -153,12 +153,7 @@ def halve_weights(run: Run) -> None:
         record = json.loads((home / "run.json").read_text())
         if record.get("weights") == "float16":
             return
-        weights = safetensors.torch.load_file(home / "model.safetensors")
-        parameters = {name for name, _ in _fresh(run).named_parameters()}
-        half = {name: value.half() if name in parameters else value for name, value in weights.items()}
-        for name, value in half.items():
-            if not value.isfinite().all():
-                raise StoreError(f"run {run_key(run)}: {name} does not fit into float16")
+        half = checkpoints.rounded(safetensors.torch.load_file(home / "model.safetensors"), f"run {run_key(run)}")
         write_file(home / "model.safetensors", lambda partial: safetensors.torch.save_file(half, partial))
         record |= {"weights": "float16", "sha256": digest_of(home / "model.safetensors")}
         write_json(home / "run.json", record)
@@ -226,6 +221,8 @@ def damage(run: Run) -> str | None:
     home = folder(run)
     try:
         record = json.loads((home / "run.json").read_text())
+        if "published" in record and not (home / "model.safetensors").exists():
+            return "its weights are not among the published ones"
         if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"
         return None if (home / "history.csv").exists() else "history.csv is missing"

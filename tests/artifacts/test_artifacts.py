@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kdiga_nb.artifacts import ARTIFACTS, reported
+from kdiga_nb.artifacts.recipes import trades_teacher
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.data import load_data
 from kdiga_nb.losses import NORMS
@@ -14,7 +15,7 @@ from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import IGAM, METHODS, PRESETS, TRADES
 from kdiga_nb.params import at_scale, scales
 from kdiga_nb.runs import Checkpoint
-from kdiga_nb.runs.run import Run, ancestors, run_key
+from kdiga_nb.runs.run import Run, Source, ancestors, run_key
 
 SCALES = scales()
 ALL = [(scale, name) for scale in SCALES for name in ARTIFACTS]
@@ -131,8 +132,10 @@ def test_a_row_without_a_net_has_nothing_measured(scale: str, name: str):
 def test_cells_measure_one_net_a_seed(scale: str, name: str):
     found = experiment(scale, name)
     for row in found.rows:
-        # The explorer's sweep is on the first seed alone.
-        seeds = found.params.seeds[: 1 if name == "explore" and len(row.runs) == 1 else None]
+        # The explorer's sweep is on the first seed alone, and a scale may name the rows that have all seeds.
+        rows = getattr(found.params, "all_seeds_rows", []) or [row.id]
+        first_only = (name == "explore" and len(row.runs) == 1) or row.id not in rows
+        seeds = found.params.seeds[: 1 if first_only else None]
         assert not row.runs or [run.seed for run in row.runs] == seeds
         metrics = [cell.metric for cell in row.cells]
         assert len(set(metrics)) == len(metrics)
@@ -143,11 +146,18 @@ def test_cells_measure_one_net_a_seed(scale: str, name: str):
             assert cell.is_accuracy == isinstance(cell.jobs[0].measure, TestAccuracy)
 
 
+def shared_teacher(found: Experiment) -> Source:
+    (teacher,) = set(trades_teacher(found.params))
+    return teacher
+
+
 @each
 def test_a_teacher_of_a_seed_has_that_seed(scale: str, name: str):
-    for run in all_runs(experiment(scale, name)):
+    found = experiment(scale, name)
+    for run in all_runs(found):
         for source in (run.teacher, run.init):
-            assert not isinstance(source, Run) or source.seed == run.seed
+            shared = found.params.shared_teacher and isinstance(source, Run) and source == shared_teacher(found)
+            assert shared or not isinstance(source, Run) or source.seed == run.seed
 
 
 @each
@@ -191,8 +201,7 @@ def test_accuracies_of_shared_runs_are_measured_once(scale: str):
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_method_is_part_of_some_artefact(scale: str):
     used = {type(run.method) for name in ARTIFACTS for run in all_runs(experiment(scale, name))}
-    # IGAM's source tasks are CIFAR-10's, and cifar10_cpu leaves its wide nets out.
-    without = scale.startswith("imagenet") or scale == "cifar10_cpu"
+    without = scale.startswith("imagenet")  # IGAM's source tasks are CIFAR-10's
     assert used >= set(METHODS.values()) - ({IGAM} if without else set())
 
 

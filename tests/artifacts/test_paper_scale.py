@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from kdiga_nb import paths
 from kdiga_nb.artifacts import ARTIFACTS, reported
 from kdiga_nb.artifacts.costs import costs, disk_bytes, net_of
+from kdiga_nb.artifacts.recipes import control_runs
 from kdiga_nb.cli import app
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.report.numbers import frame
@@ -38,9 +39,8 @@ def test_every_row_of_table_1_trains_and_is_measured_by_overrides_alone() -> Non
     outcome = run_all(experiment.jobs(), workers=1, device="cpu")
     assert outcome.failed == {}
     table = frame(experiment)
-    assert set(table["row"]) == set(reported.TABLE1) - {f"isd_wot_{loop}" for loop in range(2, 7)} - {"isd_wit"} | {
-        "isd_wit_1"
-    }
+    in_paper = set(reported.TABLE1) - {f"isd_wot_{loop}" for loop in range(2, 7)} - {"isd_wit"} | {"isd_wit_1"}
+    assert set(table["row"]) == in_paper | set(control_runs(experiment.params))
     measured = table[table["metric"].isin(["clean", "pgd1"])]
     assert len(measured) == 2 * table["row"].nunique() and not measured["value"].isna().any()
     assert (measured["n"] == 4).all()
