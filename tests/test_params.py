@@ -92,6 +92,11 @@ def test_a_file_says_nothing_twice(scale: str):
             assert not any(not field.is_required() and field.default == own for field in defaults), section
 
 
+def about_seeds(scale: str) -> set[str]:
+    """At cifar10_cpu Table 1 alone has several seeds, and for some rows only, to save hours."""
+    return {"seeds", "shared_teacher", "all_seeds_rows", "autoattack_seeds"} if scale == "cifar10_cpu" else set()
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(
     ("names", "own"),
@@ -104,7 +109,7 @@ def test_a_file_says_nothing_twice(scale: str):
 def test_artefacts_that_share_runs_share_their_parameters(scale: str, names: tuple[str, ...], own: set[str]):
     first, *others = (at_scale(MODELS[name], scale).model_dump() for name in names)
     for other in others:
-        common = set(first) & set(other) - own
+        common = set(first) & set(other) - own - about_seeds(scale)
         assert {key: other[key] for key in common} == {key: first[key] for key in common}
 
 
@@ -112,6 +117,7 @@ def test_artefacts_that_share_runs_share_their_parameters(scale: str, names: tup
 @pytest.mark.parametrize("name", EVERY)
 def test_what_every_artefact_has_is_the_same_in_all_of_a_scale(scale: str, name: str):
     shared = {"scale", "dataset", "student", "teacher", "preset", "seeds", "epsilon", "lambda_iga", "train_epsilon"}
+    shared -= about_seeds(scale)
     first, here = (at_scale(MODELS[stem], scale).model_dump() for stem in ("table1", name))
     assert {key: here[key] for key in shared} == {key: first[key] for key in shared}
 

@@ -35,12 +35,13 @@ SHRUNK = {
 
 @pytest.mark.skipif(not HERE, reason="no CIFAR-10, MNIST and Imagenette under KDIGA_DATA")
 def test_every_row_of_table_1_trains_and_is_measured_by_overrides_alone() -> None:
-    experiment = ARTIFACTS["table1"].build(at_scale(Table1Params, "cifar10", SHRUNK))
+    params = at_scale(Table1Params, "cifar10", SHRUNK)
+    experiment = ARTIFACTS["table1"].build(params)
     outcome = run_all(experiment.jobs(), workers=1, device="cpu")
     assert outcome.failed == {}
     table = frame(experiment)
     in_paper = set(reported.TABLE1) - {f"isd_wot_{loop}" for loop in range(2, 7)} - {"isd_wit"} | {"isd_wit_1"}
-    assert set(table["row"]) == in_paper | set(control_runs(experiment.params))
+    assert set(table["row"]) == in_paper | set(control_runs(params))
     measured = table[table["metric"].isin(["clean", "pgd1"])]
     assert len(measured) == 2 * table["row"].nunique() and not measured["value"].isna().any()
     assert (measured["n"] == 4).all()

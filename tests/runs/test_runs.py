@@ -91,6 +91,7 @@ OTHERS: dict[str, Any] = {
     "kl_reduction": "mean",
     "target": "adversarial",
     "align": "logits",
+    "target_gradient": "zero",
     "attack": FGSM(0.05),
 }
 

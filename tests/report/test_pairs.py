@@ -1,0 +1,83 @@
+"""Paired comparisons against closed forms: McNemar's test and the variance of a mean of paired differences."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from kdiga_nb.artifacts.table import Cell, Experiment, Row
+from kdiga_nb.measures import TestAccuracy
+from kdiga_nb.methods import ST
+from kdiga_nb.params import Params, at_scale
+from kdiga_nb.report import compare
+from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.run import Run, folder, measure_name
+from kdiga_nb.runs.store import write_json
+from kdiga_nb.training import Schedule
+
+RUN = Run("digits", "digits_small", ST(), Schedule(1))
+CLEAN = TestAccuracy(None, needs_mask=True)
+
+
+def stored(rows: dict[str, list[str | None]], key: str = "survivors") -> Experiment:
+    """An experiment whose rows were measured with these masks, one per seed; None: not measured."""
+    made = []
+    for name, masks in rows.items():
+        runs = tuple(replace(RUN, seed=100 * ord(name) + seed) for seed in range(len(masks)))
+        for run, mask in zip(runs, masks, strict=True):
+            if mask is not None:
+                folder(run).mkdir(parents=True)
+                result = {"percent": 100 * mask.count("1") / len(mask), "n": len(mask), key: mask}
+                write_json(folder(run) / "measures.json", {measure_name(CLEAN): result})
+        measure = replace(CLEAN, needs_mask=key == "survivors")
+        made.append(Row(name, name, runs, (Cell("clean", tuple(Job(run, measure) for run in runs)),)))
+    return Experiment("table", "A table", tuple(made), at_scale(Params, "smoke"))
+
+
+def test_one_seed_is_mcnemars_exact_test() -> None:
+    """On 100 images, a alone is right on 12 and b alone on 3: p = 2·P(Bin(15, ½) ≤ 3)."""
+    a, b = "1" * 70 + "1" * 12 + "0" * 3 + "0" * 15, "1" * 70 + "0" * 12 + "1" * 3 + "0" * 15
+    found = compare(stored({"a": [a], "b": [b]}), "a", "b", "clean")
+    assert (found.points, found.n, found.seeds) == (pytest.approx(9.0), 100, 1)
+    assert found.p == pytest.approx(2 * binom.cdf(3, 15, 0.5))
+    # The bootstrap over images has the standard error of a mean of differences in {−1, 0, 1}.
+    error = 100 * np.sqrt((0.15 - 0.09**2) / 100)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.08)
+
+
+def test_a_row_does_not_differ_from_itself_and_the_order_changes_the_sign() -> None:
+    draw = np.random.default_rng(1)
+    masks = {name: ["".join(draw.choice(["0", "1"], 60)) for _ in range(3)] for name in "ab"}
+    experiment = stored({name: list(one) for name, one in masks.items()})
+    same = compare(experiment, "a", "a", "clean")
+    assert (same.points, same.low, same.high, same.p) == (0, 0, 0, 1)
+    one, other = compare(experiment, "a", "b", "clean"), compare(experiment, "b", "a", "clean")
+    assert one.points == pytest.approx(-other.points) and one.seeds == 3
+    assert (one.low, one.high) == (pytest.approx(-other.high), pytest.approx(-other.low))
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    agree = stored({"a": ["1" * 9 + "0"] * 3, "b": ["1" * 6 + "0" * 4] * 3})
+    narrow = compare(agree, "a", "b", "clean")
+    apart = stored({"c": ["1" * 10, "1" * 10, "1" * 7 + "000"], "d": ["1" * 6 + "0000"] * 3})
+    wide = compare(apart, "c", "d", "clean")
+    assert narrow.points == pytest.approx(30) and wide.points == pytest.approx(30)
+    assert wide.high - wide.low > narrow.high - narrow.low
+
+
+@pytest.mark.parametrize(
+    ("rows", "key", "words"),
+    [
+        ({"a": ["11"], "b": ["110"]}, "survivors", "a and b were measured on different numbers of images: [2, 3]"),
+        ({"a": ["11"], "b": [None]}, "survivors", "b: clean is not measured"),
+        ({"a": ["11", "110"], "b": ["11", "11"]}, "survivors", "a: its seeds were measured on different numbers"),
+        ({"a": ["11"], "b": ["10"]}, "mask", "a: clean was measured without a mask of survivors; measure again"),
+    ],
+)
+def test_rows_that_cannot_be_paired_are_refused(rows: dict[str, list[str | None]], key: str, words: str) -> None:
+    experiment = stored(rows, key)
+    with pytest.raises(ValueError, match=words.replace("[", r"\[").replace("]", r"\]")):
+        compare(experiment, "a", "b", "clean")
+    with pytest.raises(KeyError, match="a has no metric pgd20"):
+        compare(experiment, "a", "b", "pgd20")
