@@ -234,7 +234,7 @@ class ARD(Method):
     target: str = "clean"
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        x_adv = self.attack(student, x, y)
+        x_adv = self.attack.unchecked(student, x, y)
         logits = student(x)
         target = _logits(teacher, x if self.target == "clean" else x_adv)
         return _distillation(self, logits, y, student(x_adv), target)
@@ -254,7 +254,7 @@ class KDIGA_ARD_C(Method):
     kl_reduction: str = "batchmean"
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        x_adv = self.attack(student, x, y)
+        x_adv = self.attack.unchecked(student, x, y)
         g_student, logits = input_gradient(student, x, y, create_graph=True)
         g_teacher, teacher_logits = _gradient(teacher, x, y)
         terms = _distillation(self, logits, y, student(x_adv), teacher_logits)
@@ -275,7 +275,7 @@ class KDIGA_ARD_A(Method):
     kl_reduction: str = "batchmean"
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        x_adv = self.attack(student, x, y)
+        x_adv = self.attack.unchecked(student, x, y)
         g_student, student_logits = input_gradient(student, x_adv, y, create_graph=True)
         g_teacher, teacher_logits = _gradient(teacher, x_adv, y)
         terms = _distillation(self, student(x), y, student_logits, teacher_logits)
@@ -290,7 +290,7 @@ class AT(Method):
     needs_teacher: ClassVar[bool] = False
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        return {"cross_entropy": cross_entropy(student(self.attack(student, x, y)), y).mean()}
+        return {"cross_entropy": cross_entropy(student(self.attack.unchecked(student, x, y)), y).mean()}
 
 
 @dataclass(frozen=True)

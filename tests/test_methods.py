@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, log_softmax, softmax
 from torch.nn.functional import cross_entropy as mean_cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdiga_nb.attacks.gradient import FGSM, PGD
 from kdiga_nb.data import Split
@@ -699,3 +700,23 @@ def test_a_step_along_the_losss_gradient_cannot_align_logits() -> None:
         KDIGA(attack=FGSM(0.1), align="logits")
     with pytest.raises(ValueError, match="align must be one of loss, logits, got 'jacobian'"):
         KDIGA(align="jacobian")
+
+
+class CountedReads(TorchDispatchMode):
+    """Counts the reads of a value from a tensor, each of which waits for the device on a GPU."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_step_reads_a_value_from_the_device(name: str, student: nn.Module, teacher: nn.Module, batch: Split) -> None:
+    method = example(METHODS[name])
+    bound = method.bind((1, 4, 4), torch.device("cpu")).double() if isinstance(method, IGAM) else method
+    with CountedReads() as reads:
+        terms = bound(student, teacher if method.needs_teacher else None, *batch)
+        torch.stack(list(terms.values())).sum().backward()
+    assert reads.number == 0

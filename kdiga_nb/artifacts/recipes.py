@@ -281,7 +281,7 @@ def control_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         ),
         "penalty": ("gradient penalty, no teacher", runs_per_seed(params, GradientPenalty(params.lambda_penalty))),
         "isd_wot_1_zero": (
-            f"{isd_label('isd_wot', 1)} with a gradient penalty instead of the alignment",
+            f"{isd_label('isd_wot', 1)}, target gradient zero",
             isd_wot_runs(params, dropout=True, method=self_zero)[0],
         ),
     }

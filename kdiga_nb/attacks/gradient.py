@@ -87,6 +87,10 @@ class SignAscent:
         fools, the adversarial image of highest loss is returned.
         """
         check_inputs(model, x, y)
+        return self.unchecked(model, x, y, generator=generator)
+
+    def unchecked(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """The same without looking at the inputs' values: on a GPU, a training step must not wait for them."""
         with frozen(model):
             best = self.perturb(lambda images: cross_entropy(model(images), y), x, generator=generator)
             for _ in range(self.restarts - 1):

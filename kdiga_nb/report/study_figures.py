@@ -138,11 +138,13 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     A kind whose line lies above another's is more robust at the same clean accuracy, whatever the weights.
     """
     numbers = values(table)
-    figure, axes = one_panel(8.6, 5.0)
+    figure, axes = one_panel(10.2, 4.8)
     for index, (kind, (label, _)) in enumerate(WEIGHTED.items()):
         rows = [(weight, weighted_row(kind, weight)) for weight in weights_of(params, kind)]
         points = [(weight, numbers[row, "clean"], numbers[row, robust]) for weight, row in rows]
         points = [point for point in points if not np.isnan(point[1:]).any()]
+        if not points:
+            continue
         xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
         style: dict[str, Any] = {"color": PALETTE[index], "marker": "o^sDv"[index], "markersize": 6}
         axes.plot(xs, ys, label=label, linewidth=1.2, **style)
@@ -153,9 +155,12 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     for row, words in stars.items():
         x, y = numbers[row, "clean"], numbers[row, robust]
         axes.plot(x, y, "*", color="0.2", markersize=10)
-        axes.annotate(words, (x, y), (-8, 8), textcoords="offset points", fontsize=9, color="0.2", ha="right")
+        place, side = ((8, -4), "left") if row == "st" else ((-8, -4), "right")
+        axes.annotate(words, (x, y), place, textcoords="offset points", fontsize=9, color="0.2", ha=side)
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
-    axes.legend(loc="lower left", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9)
+    figure.legend(
+        loc="outside right center", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9
+    )
     return figure

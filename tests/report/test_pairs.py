@@ -58,9 +58,9 @@ def test_a_row_does_not_differ_from_itself_and_the_order_changes_the_sign() -> N
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
-    agree = stored({"a": ["1" * 9 + "0"] * 3, "b": ["1" * 6 + "0" * 4] * 3})
+    agree = stored({"a": [("1" * 9 + "0") * 50] * 3, "b": [("1" * 6 + "0" * 4) * 50] * 3})
     narrow = compare(agree, "a", "b", "clean")
-    apart = stored({"c": ["1" * 10, "1" * 10, "1" * 7 + "000"], "d": ["1" * 6 + "0000"] * 3})
+    apart = stored({"c": ["1" * 500, "1" * 500, ("1" * 7 + "000") * 50], "d": [("1" * 6 + "0000") * 50] * 3})
     wide = compare(apart, "c", "d", "clean")
     assert narrow.points == pytest.approx(30) and wide.points == pytest.approx(30)
     assert wide.high - wide.low > narrow.high - narrow.low
