@@ -163,6 +163,10 @@ def reproduce(
         _check_sources(todo)
     else:
         os.environ[NO_TRAINING] = "1"
+        empty = [name for name, one in experiments.items() if not _has_results(one)]
+        for name in empty:
+            typer.echo(f"{name}: left out, the store has none of its results")
+            del experiments[name]
     try:
         check_writable(paths.runs())
         check_writable(paths.executed(scale))
@@ -175,6 +179,11 @@ def reproduce(
     _print_summary(outcome, summary, scale, time.perf_counter() - started)
     if outcome.failed or summary.failed:
         raise typer.Exit(1)
+
+
+def _has_results(experiment: Experiment | None) -> bool:
+    """Whether the store has a measurement of the experiment. The walkthrough has no experiment: it trains itself."""
+    return experiment is not None and any(job.measure is not None and job.is_done() for job in experiment.jobs())
 
 
 def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> None:

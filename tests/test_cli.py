@@ -23,6 +23,7 @@ from kdiga_nb.cli import app
 from kdiga_nb.notebooks import ARTEFACTS
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
+from kdiga_nb.runs.graph import NO_TRAINING
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import ancestors, run_key
 
@@ -87,6 +88,10 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "device=cuda:99"], "device: .*cuda:99"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "loops=3"], "loops: unknown key"),
         (["reproduce", "--scale", "smoke", "--set", "milestones=[7]"], "milestones: must rise"),
+        (["reproduce", "--scale", "smoke", "--set", "all_seeds_rows=['kdigo']"], r"all_seeds_rows: .*mean kdiga\?"),
+        (["reproduce", "--scale", "smoke", "--set", "lambda_penalty=-1"], "lambda_penalty: .*greater than or equal"),
+        (["store", "pull", "cifar1"], r"SCALE: must be one of .*did you mean cifar10\?\), got 'cifar1'"),
+        (["store", "pack", "smoke", "--row", "kdigo"], r"--row: must be one of st, .*did you mean kdiga\?"),
         (
             ["train", str(SMOKE), "--artefact", "table5", "--row", "kdigo"],
             "--row: must be one of kdiga_fgsm, .*, got 'kdigo'",
@@ -141,6 +146,16 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(own_figures: Path):
     assert sum(line.strip().startswith(run_key(teacher)) for line in result.stdout.splitlines()) == 1
     assert not paths.runs().exists()
     assert not own_figures.exists()
+
+
+def test_without_training_an_empty_store_stays_empty_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(NO_TRAINING, "")  # the command sets the variable; this restores it
+    result = kdiga("reproduce", "--scale", "smoke", "--only", "table1", "walkthrough", "--no-training")
+    assert result.exit_code == 0
+    for name in ("table1", "walkthrough"):
+        assert f"{name}: left out, the store has none of its results" in result.stdout
+    assert "notebooks: 0 made, 0 cached, 0 failed" in result.stdout
+    assert list(paths.runs().iterdir()) == []
 
 
 def test_artefacts_are_named_in_reading_order():

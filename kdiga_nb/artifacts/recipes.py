@@ -21,7 +21,7 @@ from kdiga_nb.methods import (
     Method,
     with_preset,
 )
-from kdiga_nb.params import NONE, IsdParams, Params, Table1Params
+from kdiga_nb.params import NONE, IsdParams, Params, Table1Params, did_you_mean
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run
@@ -262,6 +262,9 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
     every = params.all_seeds_rows or list(rows)
+    for name in every:
+        if name not in rows:
+            raise ValueError(f"all_seeds_rows: must be among {', '.join(rows)}{did_you_mean(name, rows)}, got {name!r}")
     return {
         name: (label, tuple(dict.fromkeys(runs if name in every else runs[:1]))) for name, (label, runs) in rows.items()
     }
