@@ -583,12 +583,14 @@ def _assigned(namespace: Mapping[str, Any]) -> list[str]:
     if starts:
         last = starts[-1]
         return list(dict.fromkeys(cells[last] + (cells[last + 1] if last + 1 < len(cells) else [])))
-    # Outside IPython there is no history: every plain value in the namespace is a parameter.
+    # Outside IPython, and under nbval, there is no history: every plain value in the namespace is a parameter, except
+    # private names and constants that a cell imported.
     plain = bool | int | float | str | list | tuple | dict
     return [
         name
         for name, value in namespace.items()
-        if not name.startswith("_") and name not in _KERNEL_NAMES and (value is None or isinstance(value, plain))
+        if not (name.startswith("_") or name.isupper() or name in _KERNEL_NAMES)
+        and (value is None or isinstance(value, plain))
     ]
 
 

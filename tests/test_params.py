@@ -411,6 +411,7 @@ def test_run_all_again_in_the_same_kernel():
 def test_in_a_script_every_plain_value_so_far_is_a_parameter():
     script = {name: value for name, value in namespace(epsilon=0.3).items() if name != "In"}
     assert from_notebook(Table5Params, script).epsilon == 0.3
+    assert from_notebook(Table5Params, script | {"WEIGHTED": {"kd": 1}, "_private": 2}).epsilon == 0.3
 
 
 @pytest.mark.parametrize("value", [3, 3.0, "3", None, [3], {"a": 3}, True])
