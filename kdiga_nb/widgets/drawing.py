@@ -163,10 +163,15 @@ def _draw_facet(axes: Sequence[Axes], data: Glance, name: str, facet: Facet, fir
     if first:
         axes[0].set_ylabel("input gradient")
         axes[1].set_ylabel(f"attacked, ε = {radius_text(data.state.epsilon)}")
-    _draw_probabilities(axes[2], facet.beliefs, "class" if facet.beliefs.shape[1] <= 10 else "")
-    axes[2].set_ylabel("belief" if first else "")
+    _draw_probabilities(axes[2], facet.beliefs, "class", named=first)
     if first:
-        axes[2].legend(loc="upper right", handlelength=1)
+        handles, labels = axes[2].get_legend_handles_labels()
+        axes[2].figure.legend(handles, [f"belief, {label}" for label in labels], loc="lower left", ncols=2)
+
+
+def _brief(name: str) -> str:
+    """A column's name without its weight, and only the last word of two: penalty, teacher."""
+    return name.partition(",")[0].rpartition(" ")[2]
 
 
 def _draw_smallest(axes: Axes, data: Glance) -> None:
@@ -180,9 +185,7 @@ def _draw_smallest(axes: Axes, data: Glance) -> None:
         axes.annotate(text, (shown, -place), (3, 0), textcoords="offset points", va="center", fontsize=8)
     axes.axvline(data.state.epsilon, color="black", linewidth=1, linestyle="--")
     axes.set(xlim=(0, 1.3 * reach), ylim=(0.6 - max(len(known), 1), 0.6))
-    name_ticks(
-        axes.yaxis, {-float(place): name.partition(",")[0].partition(" ")[0] for place, (name, _) in enumerate(known)}
-    )
+    name_ticks(axes.yaxis, {-float(place): _brief(name) for place, (name, _) in enumerate(known)})
     axes.set_title("smallest ε that fools it")
     set_ticks(axes)
 
@@ -335,16 +338,16 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     axes.annotate(text, (0.5, 0), (0, -20), **below)
 
 
-def _draw_probabilities(axes: Axes, probabilities: Array, label: str) -> None:
-    """One pair of bars per class; class numbers are shown if the x axis has a label."""
+def _draw_probabilities(axes: Axes, probabilities: Array, label: str, named: bool = True) -> None:
+    """One pair of bars per class; class numbers are shown if the x axis has a label, probabilities if ``named``."""
     count = probabilities.shape[1]
     for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
         left = np.arange(count) + 0.4 * (offset - 1)
         corners = [(left, 0 * values), (left, values), (left + 0.4, values), (left + 0.4, 0 * values)]
         bars = PolyCollection(list(np.array(corners).transpose(2, 0, 1)), facecolor=PALETTE[offset], label=name)
         axes.add_collection(bars, autolim=False)
-    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability")
-    name_ticks(axes.yaxis, {0.0: "0.0", 0.5: "0.5", 1.0: "1.0"})
+    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability" if named else "")
+    name_ticks(axes.yaxis, {place: f"{place:.1f}" if named else "" for place in (0.0, 0.5, 1.0)})
     if count <= 20:
         name_ticks(axes.xaxis, {float(number): str(number) if label else "" for number in range(count)})
     set_ticks(axes)

@@ -303,7 +303,7 @@ def glance_points(state: State) -> list[Point]:
 def _glance(state: State) -> Glance:
     shape = load_data(state.params.dataset).image_shape
     rows = [state.row(point) for point in glance_points(state)]
-    sources = {row.label: (row.id, row.runs[0]) for row in rows}
+    sources: dict[str, tuple[str, runs.Source]] = {row.label: (row.id, row.runs[0]) for row in rows}
     sources["TRADES teacher"] = ("trades_teacher", reference_teacher(state.here)[0])
     x, y = _images(state, 1)
     facets = {}
@@ -577,7 +577,7 @@ def _facet_words(data: Glance) -> list[str]:
     words = []
     for name, facet in data.facets.items():
         if facet is None:
-            words.append(f"{name}: not in the store")
+            words.append(f"{name} is not in the store")
             continue
         guess = int(facet.beliefs[1].argmax())
         verdict = "right" if guess == data.label else f"says {data.state.class_name(guess)}"
