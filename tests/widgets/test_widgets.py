@@ -533,7 +533,7 @@ def test_a_damaged_net_is_set_aside_and_trained_again(small: ExploreParams, stor
     wait_until(lambda: "Trained and measured" in status_of(explorer))
     assert len(list(store.glob(f"{home.name}.damaged-*"))) == 1
     assert not is_stale(explorer)
-    assert "measured gap" in text_of(explorer)
+    assert "the losses of student and teacher differ" in text_of(explorer)
 
 
 def test_a_training_that_fails_says_why(small: ExploreParams, store: Path):
