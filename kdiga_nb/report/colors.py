@@ -39,7 +39,8 @@ def method_color(row: str, position: int = 0) -> str:
     color = OTHER[position % len(OTHER)] if method is None else METHODS[method][1]
     if not row.endswith("_no_dropout"):
         return color
-    return to_hex([LIGHTER + (1 - LIGHTER) * channel for channel in to_rgb(color)])
+    red, green, blue = (LIGHTER + (1 - LIGHTER) * channel for channel in to_rgb(color))
+    return to_hex((red, green, blue))
 
 
 def label_color(label: str, position: int = 0) -> str:

@@ -187,7 +187,9 @@ def moves_by_key_and_mouse(page: Any, label: str) -> None:
     slider(page, label).get_by_role("slider").press("ArrowRight")
     by_key = wait_for_change(page, before)
     box = slider(page, label).locator(".noUi-base").bounding_box()
-    page.mouse.click(box["x"] + 0.75 * box["width"], box["y"] + box["height"] / 2)
+    handle = slider(page, label).get_by_role("slider").bounding_box()
+    left = handle["x"] + handle["width"] / 2 > box["x"] + box["width"] / 2
+    page.mouse.click(box["x"] + (0.25 if left else 0.75) * box["width"], box["y"] + box["height"] / 2)
     wait_for_change(page, by_key)
 
 
