@@ -55,9 +55,12 @@ def metric_color(metric: str) -> str:
 
 
 def metric_colors(metrics: Sequence[str]) -> list[str]:
-    """One colour per metric of a figure; a metric whose colour another one has takes one of ``OTHER``."""
+    """One colour per metric of a figure; a metric whose colour another one has takes one of ``OTHER``.
+
+    With more metrics than colours, colours repeat.
+    """
     colors: list[str] = []
     for metric in metrics:
         color = metric_color(metric)
-        colors.append(next(one for one in (color, *OTHER) if one not in colors))
+        colors.append(next((one for one in (color, *OTHER, *METRICS.values()) if one not in colors), color))
     return colors

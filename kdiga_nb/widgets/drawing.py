@@ -182,8 +182,9 @@ def _draw_smallest(axes: Axes, data: Glance) -> None:
         shown = reach if facet.smallest is None else facet.smallest
         text = f"> {radius_text(reach)}" if facet.smallest is None else radius_text(facet.smallest)
         axes.barh(-place, shown, 0.7, color=method_color(facet.row))
-        axes.annotate(text, (shown, -place), (3, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.axvline(data.state.epsilon, color="black", linewidth=1, linestyle="--")
+        box = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5}  # covers the line of the chosen ε
+        axes.annotate(text, (shown, -place), (3, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
+    axes.axvline(data.state.epsilon, color="black", linewidth=1, linestyle="--", zorder=1.5)
     axes.set(xlim=(0, 1.3 * reach), ylim=(0.6 - max(len(known), 1), 0.6))
     name_ticks(axes.yaxis, {-float(place): _brief(name) for place, (name, _) in enumerate(known)})
     axes.set_title("smallest ε that fools it")
