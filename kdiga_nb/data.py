@@ -29,6 +29,11 @@ class DataError(ValueError):
     """A data set is missing or not what it should be; the message says in one line what to do."""
 
 
+CLASS_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+
+
 class Split(NamedTuple):
     """Images (n, C, H, W) in [0, 1] and their labels (n,), int64.
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_chain
+from kdiga_nb.report.colors import method_color, metric_colors
 from kdiga_nb.report.numbers import metric_name, short, value
 
 PALETTE = sns.color_palette("colorblind")
@@ -71,8 +72,7 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
             points = _plane_points(table, rows, metric)
             if not points:
                 continue
-            # After the last colour of the palette, the colours repeat in a lighter shade.
-            color = sns.light_palette(PALETTE[index % len(PALETTE)], 4)[3 - index // len(PALETTE)]
+            color = method_color(rows[-1], index)
             for _, x, y in points:
                 cross = {"xerr": _whiskers(x), "yerr": _whiskers(y), "fmt": "none", "ecolor": color}
                 axes.errorbar(x["value"], y["value"], elinewidth=0.9, alpha=0.35, **cross)
@@ -103,6 +103,7 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
     rows = list(dict.fromkeys(table["row"]))
     figure, axes = one_panel(8.2, 0.9 + 0.2 * len(metrics) * len(rows) + 0.12 * len(rows))
     step = 0.8 / len(metrics)
+    colors = metric_colors(metrics)
     labels = []
     for position, row in enumerate(rows):
         part = table[table["row"] == row].set_index("metric")
@@ -115,7 +116,7 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
             if not pd.isna(entry["value"]):
                 ran = True
                 error = None if pd.isna(entry["low"]) else np.array(_whiskers(entry))
-                axes.barh(y, entry["value"], step * 0.92, color=PALETTE[offset], xerr=error, error_kw={"lw": 0.8})
+                axes.barh(y, entry["value"], step * 0.92, color=colors[offset], xerr=error, error_kw={"lw": 0.8})
             if not pd.isna(entry["reported"]):
                 axes.plot(entry["reported"], y, "D", markersize=4, markerfacecolor="white", markeredgecolor="black")
         labels.append(label if ran else f"{label} (not run)")
@@ -123,7 +124,7 @@ def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: s
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(ylabel)
     axes.set_title(title)
-    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(metrics))]
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     names = [metric_name(metric) for metric in metrics]
     if table["reported"].notna().any():
         handles.append(plt.Line2D([], [], marker="D", color="white", markeredgecolor="black", markersize=5))
@@ -149,7 +150,7 @@ def plot_loops(table: pd.DataFrame, series: dict[str, Sequence[str]], metrics: S
                 (loop, part.loc[row]) for loop, row in enumerate(rows) if row in part.index
             ]
             drawn = [(loop, entry) for loop, entry in points if not math.isnan(float(entry["value"]))]
-            color = PALETTE[index]
+            color = method_color(rows[-1], index)
             if drawn:
                 errors = np.hstack([np.array(_whiskers(entry)) for _, entry in drawn])
                 loops = [loop + shift for loop, _ in drawn]

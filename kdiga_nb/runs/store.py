@@ -226,8 +226,10 @@ def damage(run: Run) -> str | None:
         if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"
         return None if (home / "history.csv").exists() else "history.csv is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "run.json or the weights cannot be read"
 
 
 def _set_aside_if_damaged(run: Run) -> bool:

@@ -1,6 +1,8 @@
 """A user's own tables compared with the published ones, and what the published tables say of the audit."""
 
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -140,6 +142,22 @@ def test_plain_pgd_overstates_the_published_audit_of_one_net_alone() -> None:
     for row, name in (("st", "ST"), ("kd", "KD")):
         pgd, autoattack = table.loc[row, "pgd"], table.loc[row, "autoattack"]
         assert f"{name}: {pgd:.1f} % under PGD-20, {autoattack:.1f} % under AutoAttack" in text
+
+
+def test_the_pages_name_the_verdicts_of_the_audit() -> None:
+    """README.md and docs/audit.md against the verdicts that the executed notebook prints, one line per net."""
+    notebook = json.loads((paths.NOTEBOOKS / "robustness_audit.ipynb").read_text())
+    outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", [])]
+    printed = "".join(line for out in outputs for line in out.get("text", []))
+    verdicts = dict(re.findall(r"^(.+): plain PGD is .* points above AutoAttack; (\w+):", printed, re.MULTILINE))
+    assert len(verdicts) == 5
+    overstated = [label for label, word in verdicts.items() if word == "overstated"]
+    assert overstated == ["student (ST)"] and sorted(verdicts.values()) == ["overstated"] + 4 * ["sound"]
+    audit, readme = (" ".join((paths.ROOT / page).read_text().split()) for page in ("docs/audit.md", "README.md"))
+    assert "ST: 40.0 % under PGD-20, 31.0 % under AutoAttack (verdict *overstated*" in audit
+    assert "The audit calls the other four nets *sound*" in audit
+    assert "the audit finds no net that hides its gradients" in readme
+    assert not re.search(r"(overstate|overstated)[^.]*\bKD\b", readme)
 
 
 @pytest.mark.parametrize("run", [True, False], ids=["digits", "nothing"])
