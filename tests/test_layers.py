@@ -112,6 +112,20 @@ def test_training_does_not_load_the_plotting_libraries():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("command", [[], ["train"], ["store"]])
+def test_the_help_of_a_command_loads_no_large_library(command: list[str]):
+    heavy = ["torch", "numpy", "scipy", "sklearn", "pandas", "nbformat"]
+    program = f"""
+import sys, kdiga_nb.cli
+try:
+    kdiga_nb.cli.app({[*command, "--help"]})
+finally:
+    print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout and done.stdout.strip().splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_functions_fit_on_a_screen(name: str):
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions(TREES[name])}
