@@ -140,6 +140,13 @@ def test_no_error_is_swallowed(name: str):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_no_scope_opens_a_context_on_every_gpu(name: str):
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    forks = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "fork_rng"]
+    assert all(call.args for call in forks)
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_public_names_are_documented(name: str):
     module = importlib.import_module(f"kdiga_nb.{name}")
     bare = [
