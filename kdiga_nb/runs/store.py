@@ -37,7 +37,7 @@ from kdiga_nb.measures import Measure
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
 from kdiga_nb.numerics.files import content_hash, replace_file
-from kdiga_nb.numerics.scopes import computing, placed, resolve_device
+from kdiga_nb.numerics.scopes import computing, placed, resolve_device, restored_generators
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of
 from kdiga_nb.runs.run import Run, Source, describe, folder, measure_name, run_key
@@ -252,7 +252,7 @@ def _set_aside_if_damaged(run: Run) -> bool:
 
 def _fresh(run: Run) -> nn.Module:
     data = load_data(run.dataset)
-    with torch.random.fork_rng():
+    with restored_generators():
         torch.manual_seed(run.seed)
         return build_model(
             run.model, num_classes=data.num_classes, image_shape=data.image_shape, head_dropout=run.head_dropout
