@@ -1,9 +1,9 @@
-"""All benchmarks, one after the other, each in a process of its own: ``make bench``.
+"""Run every benchmark in its own process: ``make bench``.
 
     python benchmarks [NAME …]
 
-Prints each one's JSON and saves it as ``benchmarks/results/<name>.json``, with the command, its seconds and the peak
-memory of its process.
+The JSON of each benchmark is printed and saved as ``benchmarks/results/<name>.json``, with the command, the seconds and
+the peak memory of the process.
 """
 
 import json
@@ -33,7 +33,7 @@ BENCHMARKS = {
 
 
 def run(script: str, *options: str) -> dict[str, Any]:
-    """One benchmark's JSON, and what its process took."""
+    """The JSON of one benchmark, with the seconds and the peak memory of its process."""
     with tempfile.TemporaryFile("w+") as out:
         started = time.perf_counter()
         process = subprocess.Popen([sys.executable, str(HOME / script), *options], stdout=out)
@@ -52,7 +52,7 @@ def run(script: str, *options: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run those that are named on the command line, or all."""
+    """Run the benchmarks named on the command line; without names, all of them."""
     names = sys.argv[1:] or list(BENCHMARKS)
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:

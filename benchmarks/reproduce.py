@@ -1,9 +1,9 @@
-"""How long ``kdiga reproduce`` takes from an empty store, and again when everything is there.
+"""Seconds and memory of ``kdiga reproduce`` with an empty run store, and again with a complete one.
 
     python benchmarks/reproduce.py [--scale digits] [--jobs 2]
 
-Each runs as a process of its own, with store and figures in a temporary folder; memory is the sum over its processes of
-the share of memory that is theirs (PSS on Linux), sampled each second.
+Each reproduction runs in its own process, with the run store and the figures in a temporary folder. Memory is the sum
+of the proportional set sizes (PSS, Linux) of all processes, sampled once per second.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from side_by_side import machine
 
 
 def shares(parent: int) -> float:
-    """MiB that a process and its descendants hold, shared pages counted once."""
+    """Memory of a process and its descendants in MiB; shared pages count once."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
     total, left = 0, [parent]

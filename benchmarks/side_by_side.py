@@ -1,4 +1,4 @@
-"""Several ways of doing the same work, timed in alternation in one process, so that a drift hits them all."""
+"""Time several ways of doing the same work alternately in one process: a drift of the machine affects all of them."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 
 
 def alternate(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of each way: median, smallest, largest and n of ``rounds`` rounds, after one that is not counted."""
+    """Seconds of each way: median, smallest, largest and n over ``rounds`` rounds. One uncounted round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
         for name, way in ways.items():
@@ -24,7 +24,7 @@ def alternate(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median and spread."""
+    """Median, smallest and largest value, and their number."""
     return {
         "median": statistics.median(values),
         "smallest": min(values),
@@ -34,7 +34,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were taken on."""
+    """The machine and the library versions of the measurement."""
     libraries = ("torch", "foolbox", "adversarial-robustness-toolbox", "pyautoattack", "numpy")
     return {
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",

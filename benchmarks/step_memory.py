@@ -2,8 +2,8 @@
 
     python benchmarks/step_memory.py [--model mobilenet_v2] [--teacher wrn_34_10] [--batch 128] [--method kdiga]
 
-prints JSON. On a GPU: the allocator's peak. On a CPU: by how much the process grew while it took two steps (its
-resident peak).
+prints JSON. On a GPU, the value is the allocator's peak. On a CPU, it is the growth of the process's resident peak over
+two steps.
 """
 
 import argparse
