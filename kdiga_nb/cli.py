@@ -259,13 +259,14 @@ def verify(
     scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
     json_: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write a page for a paper or an issue.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Judge the published tables, not yours.")] = False,
 ) -> None:
     """Judge your results: values against the published intervals, claims against the ledger; exit status 1 if not."""
     from kdiga_nb.report import verify as verify_  # not at the top: pandas would slow every command down
 
     _one_of("--scale", scale, scales())
     try:
-        result = verify_.verify(scale, {name: load(scale, name, {}) for name in EVERY})
+        result = verify_.verify(scale, {name: load(scale, name, {}) for name in EVERY}, own=not published)
         if json_ is not None:
             json_.write_text(json.dumps(result.record(), indent=1, ensure_ascii=False) + "\n")
         if markdown is not None:

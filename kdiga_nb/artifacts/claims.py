@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ RULES: dict[str, Rule] = {
     "at_most": Rule(_highest, lambda x, bound: x <= bound),
     "less_than": Rule(_highest, lambda x, bound: x < bound),
     "within": Rule(_farthest, lambda x, bound: abs(x) <= bound),
-    # Over series, one per row if the metric is a pattern, else one over the rows: every step rises or falls by the bound.
+    # Every step of a series rises or falls by the bound. A pattern of metrics makes a series per row, else one of rows.
     "rises_by": Rule(_lowest, lambda x, bound: x >= bound, series=True),
     "falls_by": Rule(_highest, lambda x, bound: -x >= bound, series=True),
 }
@@ -237,7 +238,7 @@ def _steps(numbers: Numbers, by_row: bool) -> list[Number]:
     series: dict[str, list[Number]] = {}
     for (row, metric), number in numbers.items():
         series.setdefault(row if by_row else metric, []).append(number)
-    return [after - before for one in series.values() for before, after in zip(one, one[1:], strict=False)]
+    return [after - before for one in series.values() for before, after in pairwise(one)]
 
 
 def _is_pattern(part: str | list[str]) -> bool:

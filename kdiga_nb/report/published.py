@@ -1,8 +1,8 @@
 """A user's own numbers compared with the published ones.
 
 Both are long tables: the user's from the run store, the published from ``published/<scale>/<artefact>.csv``. Values are
-matched by artefact, row and metric. Only what both measured is compared. Training times are not: they depend on the
-machine.
+matched by artefact, row and metric. Only what both measured is compared. Settings (n = 0) are not compared, nor are
+training times, which depend on the machine.
 """
 
 import math
@@ -17,7 +17,6 @@ from kdiga_nb import paths
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.metrics import proportion
 
-MACHINE_METRICS = ("training_seconds",)
 AGREES, CHANCE, DIFFERS, UNTESTED = "agrees", "chance", "differs", "untested"
 COLUMNS = ["artefact", "row", "metric", "own", "published", "low", "high", "p", "outcome"]
 LEVEL = 0.05  # false discovery rate of the values that are said to differ
@@ -27,8 +26,8 @@ Z = 1.959964  # a normal 95 % interval reaches this many standard errors
 def agrees(own: float, published: float, low: float, high: float) -> bool:
     """Whether a value reproduces a published one.
 
-    With a published 95 % interval: the value lies inside the interval, limits included. Without an interval (a setting,
-    a count, a mean over one net): both values are the same when rounded to two significant digits.
+    With a published 95 % interval: the value lies inside the interval, limits included. Without an interval (a count, a
+    mean over one net): both values are the same when rounded to two significant digits.
     """
     if pd.isna(low) or pd.isna(high):
         return f"{own:.2g}" == f"{published:.2g}"
@@ -72,8 +71,8 @@ def compare(scale: str, own: dict[str, tuple[Experiment, pd.DataFrame]]) -> pd.D
     """One row per value that the published table of an artefact and one's own have both measured.
 
     ``outcome``: ``agrees`` (as ``agrees`` says); else ``chance`` where the test of the difference does not reject after
-    control of the false discovery rate over all values, ``differs`` where it does, ``untested`` where a measured value
-    has no interval. A setting that is not the published one differs.
+    control of the false discovery rate over all values, ``differs`` where it does, ``untested`` where a value has no
+    interval.
 
     Args:
         own: the experiment and its long table by artefact.
@@ -85,12 +84,12 @@ def compare(scale: str, own: dict[str, tuple[Experiment, pd.DataFrame]]) -> pd.D
             continue
         accuracies = {(row.id, cell.metric) for row in experiment.rows for cell in row.cells if cell.is_accuracy}
         both = pd.read_csv(path).merge(table, on=["row", "metric"], suffixes=("", "_own"))
-        both = both[both["value"].notna() & both["value_own"].notna() & ~both["metric"].isin(MACHINE_METRICS)]
+        both = both[both["value"].notna() & both["value_own"].notna() & (both["n_own"] > 0)]
         for entry in both.to_dict("records"):
             p = difference_test(entry, (entry["row"], entry["metric"]) in accuracies)
             names = {"artefact": name, "own": entry["value_own"], "published": entry["value"], "p": p}
-            entries.append({**{key: entry[key] for key in ("row", "metric", "low", "high", "n")}, **names})
-    table = pd.DataFrame(entries, columns=[*COLUMNS[:-1], "n"])
+            entries.append({**{key: entry[key] for key in ("row", "metric", "low", "high")}, **names})
+    table = pd.DataFrame(entries, columns=COLUMNS[:-1])
     tested = table["p"].notna().to_numpy()
     adjusted = np.full(len(table), math.nan)
     adjusted[tested] = false_discovery_control(table["p"][tested]) if tested.any() else []
@@ -102,5 +101,5 @@ def _outcome(entry: Any, adjusted: float) -> str:
     if agrees(entry["own"], entry["published"], entry["low"], entry["high"]):
         return AGREES
     if math.isnan(adjusted):
-        return UNTESTED if entry["n"] else DIFFERS
+        return UNTESTED
     return DIFFERS if adjusted < LEVEL else CHANCE

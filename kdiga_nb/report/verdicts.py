@@ -33,7 +33,9 @@ def with_audit(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
         shared = {"row": row.id, "label": row.label, "n": one.n, "seeds": 1, "runs": part["runs"].iloc[0]}
         together = proportion(round(one.worst / 100 * one.n), one.n)
         lines += [shared | {"metric": name, "value": len(getattr(one, name))} for name in ("masking", "weakness")]
-        lines.append(shared | {"metric": "all_together", "value": one.worst, "low": together.low, "high": together.high})
+        lines.append(
+            shared | {"metric": "all_together", "value": one.worst, "low": together.low, "high": together.high}
+        )
     return pd.concat([table, pd.DataFrame(lines, columns=COLUMNS)], ignore_index=True) if lines else table
 
 
@@ -59,7 +61,7 @@ class Verdicts:
     lines: Sequence[Line]
 
     def __str__(self) -> str:
-        return "\n".join(f"{end:14}  {claim}: {ours} (paper: {paper})" for claim, paper, ours, end in self._rows())
+        return "\n".join(f"{end:15}  {claim}: {ours} (paper: {paper})" for claim, paper, ours, end in self._rows())
 
     def markdown(self) -> str:
         """The table for an issue or a page."""
@@ -96,10 +98,12 @@ def _text(number: Number) -> str:
     return f"{value} [{', '.join(limits)}]" if limits else value
 
 
-def judge_all(experiment: Experiment, table: pd.DataFrame | None = None) -> list[Line]:
-    """The ledger's claims on an experiment, judged by a long table (default: by what the store has)."""
-    if table is None:
-        table = with_audit(frame(experiment), experiment)
+def judge_all(experiment: Experiment, table: pd.DataFrame, *, paired: bool = True) -> list[Line]:
+    """The ledger's claims on an experiment, judged by a long table.
+
+    Args:
+        paired: the table comes from the run store, whose masks give the interval of a difference of two nets.
+    """
     ours = {
         (str(row), str(metric)): Number(float(value), float(low), float(high))
         for row, metric, value, low, high in table[["row", "metric", "value", "low", "high"]].itertuples(index=False)
@@ -110,7 +114,7 @@ def judge_all(experiment: Experiment, table: pd.DataFrame | None = None) -> list
     lines = []
     for claim in claims_of(experiment.name):
         judged = judge(claim, ours, experiment.params)
-        if judged.number is not None:
+        if paired and judged.number is not None:
             judged = Judged(claim, judged.verdict, _paired(experiment, judged.number))
         lines.append(Line(judged, judge(claim, paper, experiment.params).number))
     return lines
@@ -131,7 +135,7 @@ def _paired(experiment: Experiment, number: Number) -> Number:
 
 def verdicts(experiment: Experiment) -> Verdicts:
     """The ledger's claims on an experiment as a table: claim, the paper's number, ours with its interval, verdict."""
-    return Verdicts(judge_all(experiment))
+    return Verdicts(judge_all(experiment, with_audit(frame(experiment), experiment)))
 
 
 def print_verdicts(experiment: Experiment) -> None:
@@ -139,7 +143,7 @@ def print_verdicts(experiment: Experiment) -> None:
 
     The notebooks' tests compare these lines. A claim that the ledger calls open at this scale is left out.
     """
-    for line in judge_all(experiment):
+    for line in verdicts(experiment).lines:
         claim = line.judged.claim
         if claim.expected.get(experiment.params.scale) != "open":
             print(f"{line.judged.verdict}: {claim.claim}")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from kdiga_nb.artifacts.claims import UNMEASURED
+from kdiga_nb import paths
+from kdiga_nb.artifacts.claims import FAILS, HOLDS, UNMEASURED
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.report import published
 from kdiga_nb.report.numbers import frame
@@ -66,7 +67,7 @@ class Verification:
         lines = [
             f"verify {self.scale}: {inside} of {len(self.values)} values agree with the published ones, {chance} are "
             f"outside their interval by chance, {differ} differ, {untested} cannot be tested",
-            f"claims: {verdicts.count('holds')} hold, {verdicts.count('does not hold')} do not hold, "
+            f"claims: {verdicts.count(HOLDS)} hold, {verdicts.count(FAILS)} do not hold, "
             f"{verdicts.count(UNMEASURED)} not measured; "
             f"{sum(unexpected(line, self.scale) for line in self.claims)} not as published",
         ]
@@ -78,13 +79,14 @@ class Verification:
         return "\n".join(lines)
 
     def text(self) -> str:
-        """The summary with every problem, the values outside by chance, and all claims."""
+        """The summary with every problem, the values outside by chance, and the claims that have a verdict."""
         others = [
             f"  {entry['outcome']}: {_described(entry)}"
             for entry in self.values.to_dict("records")
             if entry["outcome"] in (published.CHANCE, published.UNTESTED)
         ]
-        return "\n".join([self.summary(len(self.problems)), *others, str(Verdicts(self.claims))])
+        claims = [str(Verdicts(self.measured))] if self.measured else []
+        return "\n".join([self.summary(len(self.problems)), *others, *claims])
 
     def markdown(self) -> str:
         """The same as a page, for a paper's appendix or an issue."""
@@ -136,9 +138,14 @@ def _described(entry: Any) -> str:
     return f"{where}: {entry['own']:g}, published {_limits(entry)}{p}"
 
 
-def verify(scale: str, experiments: Mapping[str, Experiment | None]) -> Verification:
-    """Judge what the run store has of some experiments."""
+def verify(scale: str, experiments: Mapping[str, Experiment | None], *, own: bool = True) -> Verification:
+    """Judge what the run store has of some experiments, or, with ``own=False``, the published tables themselves."""
     known = {name: one for name, one in experiments.items() if one is not None}
+    if not own:
+        found = {name: path for name in known if (path := paths.published(scale) / f"{name}.csv").exists()}
+        tables = {name: (known[name], pd.read_csv(path)) for name, path in found.items()}
+        claims = [line for one, table in tables.values() for line in judge_all(one, table, paired=False)]
+        return Verification(scale, published.compare(scale, tables), claims, [], 0)
     tables = {name: (one, with_audit(frame(one), one)) for name, one in known.items()}
     claims = [line for one, table in tables.values() for line in judge_all(one, table)]
     graph = graph_of(job for one in known.values() for job in one.jobs())
