@@ -151,14 +151,22 @@ class Finding:
     claims: tuple[str, ...]
 
 
+def ledger() -> tuple[tuple[Claim, ...], tuple[Finding, ...]]:
+    """All claims and findings of the kit's ledger.
+
+    Raises:
+        ParameterError: see ``read``.
+    """
+    return read(paths.claims())
+
+
 @lru_cache(maxsize=4)
-def ledger(path: Path | None = None) -> tuple[tuple[Claim, ...], tuple[Finding, ...]]:
-    """All claims and findings of the kit's ledger, or of another file in its form.
+def read(path: Path) -> tuple[tuple[Claim, ...], tuple[Finding, ...]]:
+    """The claims and findings of a ledger.
 
     Raises:
         ParameterError: the file cannot be read, or a claim has an unknown word; one line that names the claim.
     """
-    path = path or paths.claims()
     try:
         content = yaml.safe_load(path.read_text())
         entries, findings = content["claims"], content["findings"]

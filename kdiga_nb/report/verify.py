@@ -66,7 +66,9 @@ class Verification:
         verdicts = [line.judged.verdict for line in self.claims]
         lines = [
             f"verify {self.scale}: {inside} of {len(self.values)} values agree with the published ones, {chance} are "
-            f"outside their interval by chance, {differ} differ, {untested} cannot be tested",
+            f"outside their interval by chance, {differ} differ, {untested} cannot be tested"
+            if len(self.values)
+            else f"verify {self.scale}: no published values to compare with",
             f"claims: {verdicts.count(HOLDS)} hold, {verdicts.count(FAILS)} do not hold, "
             f"{verdicts.count(UNMEASURED)} not measured; "
             f"{sum(unexpected(line, self.scale) for line in self.claims)} not as published",

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts.claims import EXPECTED, FAILS, HOLDS, RULES, UNMEASURED, Claim, Number, judge, ledger
+from kdiga_nb.artifacts.claims import EXPECTED, FAILS, HOLDS, RULES, UNMEASURED, Claim, Number, judge, ledger, read
 from kdiga_nb.params import AlignmentParams, ParameterError, Table1Params, Table6Params, at_scale, scales
 
 TABLE = {
@@ -112,7 +112,7 @@ def test_a_claim_that_cannot_be_judged_is_refused_in_one_line(changes: Any, says
     path = tmp_path / "claims.yaml"
     path.write_text(yaml.safe_dump({"claims": [ENTRY | changes], "findings": []}))
     with pytest.raises(ParameterError, match=says) as error:
-        ledger(path)
+        read(path)
     assert "\n" not in str(error.value) and str(error.value).startswith("claims.yaml: ")
 
 
@@ -131,7 +131,7 @@ def test_a_ledger_that_cannot_be_used_is_refused_in_one_line(text: str | None, s
     if text is not None:
         path.write_text(text)
     with pytest.raises(ParameterError, match=says) as error:
-        ledger(path)
+        read(path)
     assert "\n" not in str(error.value)
 
 
