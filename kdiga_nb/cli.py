@@ -174,7 +174,7 @@ def reproduce(
     with ExitStack() as stack:
         outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
     summary = run_notebooks(scale, experiments, overrides, workers, again)
-    _print_summary(outcome, summary, scale, time.perf_counter() - started)
+    _print_summary(outcome, summary, scale, experiments, time.perf_counter() - started)
     if outcome.failed or summary.failed:
         raise typer.Exit(1)
 
@@ -241,8 +241,10 @@ def _train_and_measure(
             raise _fail(str(error), 1) from None
 
 
-def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: float) -> None:
-    from kdiga_nb.report import published
+def _print_summary(
+    outcome: Outcome, summary: Summary, scale: str, experiments: dict[str, Experiment | None], seconds: float
+) -> None:
+    from kdiga_nb.report.verify import verify
     from kdiga_nb.runs.graph import title
     from kdiga_nb.runs.run import run_key
 
@@ -253,12 +255,40 @@ def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: floa
     for name, reason in summary.failed.items():
         typer.echo(f"  failed: {name}: {reason}")
     typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
-    if comparison := published.summary(scale):
-        typer.echo(comparison)
+    typer.echo(verify(scale, experiments).summary())
 
 
 def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@app.command()
+def verify(
+    scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a page for a paper or an issue.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Judge the published tables, not yours.")] = False,
+) -> None:
+    """Judge your results: values against the published intervals, claims against the ledger; exit status 1 if not."""
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.notebooks import load
+    from kdiga_nb.params import ParameterError, scales
+    from kdiga_nb.report import verify as verify_
+
+    _one_of("--scale", scale, scales())
+    try:
+        result = verify_.verify(scale, {name: load(scale, name, {}) for name in EVERY}, own=not published)
+        if json_ is not None:
+            json_.write_text(json.dumps(result.record(), indent=1, ensure_ascii=False) + "\n")
+        if markdown is not None:
+            markdown.write_text(result.markdown())
+    except ParameterError as error:
+        raise _fail(str(error)) from None
+    except OSError as error:
+        raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    typer.echo(result.text())
+    if not result.reproduced:
+        raise typer.Exit(1)
 
 
 @app.command()

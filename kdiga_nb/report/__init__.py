@@ -30,3 +30,4 @@ from kdiga_nb.report.study_figures import (
     plot_tightness,
     plot_weights,
 )
+from kdiga_nb.report.verdicts import print_verdicts, verdicts, with_audit

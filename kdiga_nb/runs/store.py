@@ -52,6 +52,14 @@ def is_finished(run: Source) -> bool:
     return isinstance(run, Checkpoint) or (folder(run) / "run.json").exists()
 
 
+def is_published(run: Source) -> bool:
+    """Whether the store's result came from ``kdiga store pull`` and was not trained here."""
+    try:
+        return "published" in json.loads((folder(run) / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def load_or_train(
     run: Source, *, device: str | torch.device | None = None, callbacks: Sequence[Callback] = ()
 ) -> nn.Module:
