@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library."""
+"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library, with our own Square."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdiga_nb.attacks.checks import _check_epsilon, check_inputs
 from kdiga_nb.attacks.gradient import ball
+from kdiga_nb.attacks.square import Square
 from kdiga_nb.numerics.batches import in_batches
 from kdiga_nb.numerics.files import content_hash, replace_file
 from kdiga_nb.numerics.scopes import frozen, full_precision, restored_generators
@@ -151,6 +152,8 @@ class AutoAttack:
                 library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
                 # As the library's own "standard" and "rand" set it; its custom version would restart five times.
                 library.apgd.n_restarts = 1
+                square: Any = Square(library.get_logits, self.epsilon)
+                library.square = square
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"
