@@ -152,8 +152,9 @@ class AutoAttack:
                 library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
                 # As the library's own "standard" and "rand" set it; its custom version would restart five times.
                 library.apgd.n_restarts = 1
-                square: Any = Square(library.get_logits, self.epsilon)
-                library.square = square
+                if member == "square" and _repeats(model, x):
+                    square: Any = Square(library.get_logits, self.epsilon)
+                    library.square = square
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"
@@ -164,6 +165,12 @@ class AutoAttack:
             logger.propagate = propagate
         lower, upper = ball(x, self.epsilon)
         return adversarial.detach().clamp(lower, upper), flags.messages
+
+
+def _repeats(model: nn.Module, x: Tensor) -> bool:
+    """Whether the net gives the same logits twice; the library's own Square attacks a net that does not."""
+    with torch.no_grad():
+        return torch.equal(model(x), model(x))
 
 
 class _Flags(logging.Handler):
