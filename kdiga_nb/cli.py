@@ -487,18 +487,60 @@ def export(
 
 
 @app.command()
-def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """List the run store: finished runs and those under way."""
+def runs(
+    scale: Annotated[str | None, typer.Option(help="Only runs of this scale: digits, cifar10_cpu, …")] = None,
+    method: Annotated[str | None, typer.Option(help="Only runs of this method: st, kd, kdiga, …")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """List the run store, newest first: finished runs and those under way, and the artefacts that use each.
+
+    Where another command takes a run, the beginning of its key will do.
+    """
+    from kdiga_nb.methods import METHODS
+    from kdiga_nb.params import scales
     from kdiga_nb.runs.listing import list_store
 
-    entries = list_store()
+    chosen = scales() if scale is None else [_one_of("--scale", scale, scales())]
+    if method is not None:
+        _one_of("--method", method, list(METHODS))
+    uses = _uses(chosen)
+    entries = [entry | {"artefacts": uses.get(entry["key"], {})} for entry in list_store()]
+    entries = [
+        entry
+        for entry in entries
+        if (scale is None or entry["artefacts"])
+        and (method is None or ("run" in entry and entry["run"]["method"]["type"] == method))
+    ]
     if json_:
-        typer.echo(json.dumps(entries, indent=1))
+        typer.echo(json.dumps(entries, indent=1, ensure_ascii=False))
         return
     if not entries:
-        typer.echo(f"no runs in {_shown(paths.runs())}; kdiga reproduce makes them")
+        which = "" if scale is None and method is None else " of that kind"
+        typer.echo(f"no runs{which} in {_shown(paths.runs())}; kdiga reproduce makes them")
+        return
+    lines = [("key", "state", "row", "training", "result", "used by")]
     for entry in entries:
-        typer.echo("  ".join([entry["key"], entry["state"], entry["what"], *_so_far(entry)]))
+        label = next(iter(entry["artefacts"].values()), "–")
+        names = ", ".join(entry["artefacts"]) or "–"
+        lines.append((entry["key"], entry["state"], label, entry["what"], ", ".join(_so_far(entry)), names))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _uses(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Run key -> artefact -> label of the row that the run is part of, over some scales."""
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.params import at_scale
+    from kdiga_nb.runs.run import run_key
+
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        for artefact, one in EVERY.items():
+            for row in one.build(at_scale(one.params, name)).rows:
+                for run in row.runs:
+                    found.setdefault(run_key(run), {}).setdefault(artefact, row.label)
+    return found
 
 
 def _so_far(entry: dict[str, Any]) -> list[str]:

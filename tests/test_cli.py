@@ -201,8 +201,15 @@ def test_train_one_row_and_list_it(own_figures: Path):
     )
     entries = json.loads(kdiga("runs", "--json").stdout)
     assert {entry["state"] for entry in entries} == {"finished"}
-    lines = kdiga("runs").stdout.splitlines()
+    head, *lines = kdiga("runs").stdout.splitlines()
+    assert head.split()[:2] == ["key", "state"]
     assert [line.split()[0] for line in lines] == [entry["key"] for entry in entries]
+    assert {"table1": "TRADES teacher → KDIGA → student"}.items() <= entries[0]["artefacts"].items()
+    of_method = json.loads(kdiga("runs", "--method", "trades", "--json").stdout)
+    assert [entry["run"]["method"]["type"] for entry in of_method] == ["trades"]
+    assert len(json.loads(kdiga("runs", "--scale", "smoke", "--json").stdout)) == 2
+    assert "no runs of that kind" in kdiga("runs", "--scale", "cifar10").stdout
+    assert "did you mean" in kdiga("runs", "--method", "trade").stderr
 
 
 def test_an_empty_store_is_listed_too():
