@@ -107,6 +107,7 @@ def _step(run: Run) -> float:
     attack = getattr(method, "attack", None)
     if attack is not None:
         student += 2 * attack.steps
+        teacher += 2 * attack.steps if method.attacks_teacher else 0
     step = _seconds(_net(run), student, batch)
     return step if run.teacher is None else step + _seconds(_net(run.teacher), teacher, batch)
 
