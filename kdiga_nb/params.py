@@ -362,6 +362,15 @@ class AlignmentParams(Table1Params):
     gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
 
 
+class BaselineParams(Table1Params):
+    """KDIGA beside the adversarial distillations since the paper, and beside its controls."""
+
+    section: ClassVar[str] = "baselines"
+    lambda_igdm: Weight = _knob(
+        "weight of IGDM's difference of logits (its authors: 1 on CIFAR-10, rising)", default=1.0
+    )
+
+
 class ParetoParams(Params):
     """KDIGA+FGSM against fast adversarial training and ARD at its own settings, at the same training cost."""
 
