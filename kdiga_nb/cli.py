@@ -1,4 +1,9 @@
-"""The command ``kdiga``: reproduce · train · audit · export · runs · data."""
+"""The command ``kdiga``: reproduce · train · audit · export · runs · data.
+
+Each function imports what it needs of the kit, so that ``kdiga --help`` does not load PyTorch.
+"""
+
+from __future__ import annotations
 
 import json
 import logging
@@ -8,40 +13,18 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from kdiga_nb import data, paths
-from kdiga_nb import runs as runs_
-from kdiga_nb.artifacts import EVERY
-from kdiga_nb.artifacts.costs import ASSUMPTION, costs, disk_bytes
-from kdiga_nb.artifacts.table import Experiment
-from kdiga_nb.attacks.autoattack import AutoAttack
-from kdiga_nb.attacks.gradient import PGD
-from kdiga_nb.audit.measures import COMPARES, plan
-from kdiga_nb.audit.verdict import verdict
-from kdiga_nb.measures import TestAccuracy
-from kdiga_nb.notebooks import ARTEFACTS, Summary, load, model_of, run_notebooks
-from kdiga_nb.numerics import distributed
-from kdiga_nb.params import (
-    ParameterError,
-    Radius,
-    describe_settings,
-    did_you_mean,
-    load_yaml,
-    parse_override,
-    read,
-    scales,
-    unknown_key,
-)
-from kdiga_nb.runs import Checkpoint, Run, StoreError, checkpoints, shipped
-from kdiga_nb.runs.graph import NO_TRAINING, Job, Outcome, default_workers, graph_of, run_all, title
-from kdiga_nb.runs.listing import list_store, stored
-from kdiga_nb.runs.run import run_key
-from kdiga_nb.runs.store import check_writable, measure
+from kdiga_nb import paths
+
+if TYPE_CHECKING:
+    from kdiga_nb.artifacts.table import Experiment
+    from kdiga_nb.notebooks import Summary
+    from kdiga_nb.runs import Checkpoint
+    from kdiga_nb.runs.graph import Job, Outcome
 
 app = typer.Typer(
     add_completion=False,
@@ -58,6 +41,9 @@ def _fail(message: str, status: int = 2) -> typer.Exit:
 
 def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
     """The ``--set`` options; each must be a setting of at least one of the notebooks."""
+    from kdiga_nb.notebooks import model_of
+    from kdiga_nb.params import ParameterError, parse_override, unknown_key
+
     overrides = dict(parse_override(text) for text in texts or [])
     known = sorted({field for name in names for field in model_of(name).model_fields})
     for key in overrides:
@@ -68,6 +54,8 @@ def _overrides(texts: list[str] | None, names: list[str]) -> dict[str, Any]:
 
 def _one_of(option: str, value: str, names: Sequence[str]) -> str:
     """The value if it is one of the names; otherwise the command ends."""
+    from kdiga_nb.params import did_you_mean
+
     if value not in names:
         raise _fail(f"{option}: must be one of {', '.join(names)}{did_you_mean(value, names)}, got {value!r}")
     return value
@@ -89,6 +77,10 @@ def _use_data(root: Path | None) -> None:
 
 def _check_sources(todo: list[Job]) -> None:
     """Fail before anything trains if a data set or a local checkpoint is missing."""
+    from kdiga_nb import data
+    from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
+    from kdiga_nb.runs.graph import graph_of
+
     graph = graph_of(todo)
     sources = {source for job in graph for source in (job.run, job.reference) if source is not None}
     sources |= {s for job in graph for s in (getattr(job.run, "teacher", None), getattr(job.run, "init", None)) if s}
@@ -142,6 +134,12 @@ def reproduce(
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the scale's file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
+    from kdiga_nb.notebooks import ARTEFACTS, load, run_notebooks
+    from kdiga_nb.params import ParameterError, scales
+    from kdiga_nb.runs import StoreError
+    from kdiga_nb.runs.graph import NO_TRAINING, default_workers
+    from kdiga_nb.runs.store import check_writable
+
     started = time.perf_counter()
     _use_data(data_)
     _one_of("--scale", scale, scales())
@@ -176,7 +174,7 @@ def reproduce(
     with ExitStack() as stack:
         outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
     summary = run_notebooks(scale, experiments, overrides, workers, again)
-    _print_summary(outcome, summary, scale, time.perf_counter() - started)
+    _print_summary(outcome, summary, scale, experiments, time.perf_counter() - started)
     if outcome.failed or summary.failed:
         raise typer.Exit(1)
 
@@ -187,6 +185,10 @@ def _has_results(experiment: Experiment | None) -> bool:
 
 
 def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> None:
+    from kdiga_nb.artifacts.costs import ASSUMPTION, costs, disk_bytes
+    from kdiga_nb.runs.graph import graph_of, title
+    from kdiga_nb.runs.run import run_key
+
     for name, experiment in experiments.items():
         rows = len(experiment.rows) if experiment else 0
         typer.echo(f"{name}: {rows} rows")
@@ -222,6 +224,10 @@ def _device(experiments: dict[str, Experiment | None]) -> str:
 def _train_and_measure(
     todo: list[Job], workers: int, experiments: dict[str, Experiment | None], executor: Executor | None = None
 ) -> Outcome:
+    from kdiga_nb.numerics import distributed
+    from kdiga_nb.runs import StoreError
+    from kdiga_nb.runs.graph import run_all
+
     device, silent = _device(experiments), not todo or distributed.rank() > 0
     with tqdm(desc="runs and measurements", unit="job", dynamic_ncols=True, total=0, disable=silent) as bar:
 
@@ -235,8 +241,12 @@ def _train_and_measure(
             raise _fail(str(error), 1) from None
 
 
-def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: float) -> None:
-    from kdiga_nb.report import published  # not at the top: pandas and matplotlib would slow every command down
+def _print_summary(
+    outcome: Outcome, summary: Summary, scale: str, experiments: dict[str, Experiment | None], seconds: float
+) -> None:
+    from kdiga_nb.report.verify import verify
+    from kdiga_nb.runs.graph import title
+    from kdiga_nb.runs.run import run_key
 
     typer.echo(f"runs and measurements: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
@@ -245,12 +255,40 @@ def _print_summary(outcome: Outcome, summary: Summary, scale: str, seconds: floa
     for name, reason in summary.failed.items():
         typer.echo(f"  failed: {name}: {reason}")
     typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
-    if comparison := published.summary(scale):
-        typer.echo(comparison)
+    typer.echo(verify(scale, experiments).summary())
 
 
 def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+@app.command()
+def verify(
+    scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write everything to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write a page for a paper or an issue.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="Judge the published tables, not yours.")] = False,
+) -> None:
+    """Judge your results: values against the published intervals, claims against the ledger; exit status 1 if not."""
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.notebooks import load
+    from kdiga_nb.params import ParameterError, scales
+    from kdiga_nb.report import verify as verify_
+
+    _one_of("--scale", scale, scales())
+    try:
+        result = verify_.verify(scale, {name: load(scale, name, {}) for name in EVERY}, own=not published)
+        if json_ is not None:
+            json_.write_text(json.dumps(result.record(), indent=1, ensure_ascii=False) + "\n")
+        if markdown is not None:
+            markdown.write_text(result.markdown())
+    except ParameterError as error:
+        raise _fail(str(error)) from None
+    except OSError as error:
+        raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    typer.echo(result.text())
+    if not result.reproduced:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -269,6 +307,10 @@ def train(
 
     Over several GPUs of a machine, or several machines: torchrun --nproc_per_node N -m kdiga_nb train FILE.
     """
+    from kdiga_nb.numerics import distributed
+    from kdiga_nb.runs.graph import Job, default_workers, title
+    from kdiga_nb.runs.run import run_key
+
     _use_data(data_)
     name, experiment = _experiment_of(file, artefact, set_)
     ids = [one.id for one in experiment.rows]
@@ -294,6 +336,9 @@ def train(
 
 def _experiment_of(file: Path, artefact: str | None, set_: list[str] | None) -> tuple[str, Experiment]:
     """Name and experiment of the artefact that the option, or else the parameter file, names."""
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.params import ParameterError, load_yaml, read
+
     try:
         artefact = artefact or load_yaml(file, str(file)).get("artefact")
         if artefact is None:
@@ -315,6 +360,9 @@ def params_command(
     json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List every setting of an artefact: value at the scale, default, allowed values, meaning and source."""
+    from kdiga_nb.notebooks import ARTEFACTS, model_of
+    from kdiga_nb.params import describe_settings, scales
+
     _one_of("--scale", scale, scales())
     model = model_of(_one_of("artefact", artefact, ARTEFACTS))
     settings = describe_settings(model, scale)
@@ -329,6 +377,9 @@ def params_command(
 
 def _source(target: str, model: str | None) -> Checkpoint:
     """The net named on the command line: a file of weights, or the key of a stored run."""
+    from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
+    from kdiga_nb.runs.listing import stored
+
     path = Path(target)
     if path.is_file():
         if model is None:
@@ -340,6 +391,10 @@ def _source(target: str, model: str | None) -> Checkpoint:
 
 
 def _radius_of(text: str) -> float:
+    from pydantic import TypeAdapter, ValidationError
+
+    from kdiga_nb.params import ParameterError, Radius
+
     try:
         return TypeAdapter(Radius).validate_python(text)
     except ValidationError as error:
@@ -360,6 +415,14 @@ def audit(
     json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Attack a net in every way the kit knows and give a verdict by named rules; a second call resumes."""
+    from kdiga_nb.attacks.autoattack import AutoAttack
+    from kdiga_nb.audit.measures import COMPARES, plan
+    from kdiga_nb.audit.verdict import verdict
+    from kdiga_nb.measures import TestAccuracy
+    from kdiga_nb.params import ParameterError
+    from kdiga_nb.runs import StoreError
+    from kdiga_nb.runs.store import measure
+
     try:
         radius = _radius_of(epsilon)
         net = _source(target, model)
@@ -382,6 +445,8 @@ def audit(
 
 
 def _print_audit(results: dict[str, dict[str, Any]], as_json: bool) -> None:
+    from kdiga_nb.audit.verdict import verdict
+
     says = verdict(results)
     alarms = says.faults | says.masking | says.weakness
     if as_json:
@@ -404,10 +469,15 @@ def export(
     epsilon: Annotated[str, typer.Option(help="Radius at which the rounded weights are checked, e.g. 8/255.")] = "0.1",
 ) -> None:
     """Write a run's weights in half precision and its record; accuracies are measured again after rounding."""
+    from kdiga_nb.attacks.gradient import PGD
+    from kdiga_nb.measures import TestAccuracy
+    from kdiga_nb.params import ParameterError
+    from kdiga_nb.runs import StoreError, listing
+
     try:
         radius = _radius_of(epsilon)
         checks = {"clean": TestAccuracy(), "pgd20": TestAccuracy(PGD(radius, radius / 10, 20))}
-        record = runs_.export(key, path, checks)
+        record = listing.export(key, path, checks)
     except (ParameterError, StoreError, ValueError) as error:
         raise _fail(str(error)) from None
     for name, accuracy in record["accuracy"].items():
@@ -419,6 +489,8 @@ def export(
 @app.command()
 def runs(json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """List the run store: finished runs and those under way."""
+    from kdiga_nb.runs.listing import list_store
+
     entries = list_store()
     if json_:
         typer.echo(json.dumps(entries, indent=1))
@@ -450,6 +522,9 @@ PUBLISHED = "digits, cifar10_cpu, …"
 @store_app.command("pull")
 def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
     """Copy a scale's published runs into the run store; what is there stays."""
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import StoreError, shipped
+
     _one_of("SCALE", scale, scales())
     try:
         pulled = shipped.pull(scale)
@@ -461,6 +536,9 @@ def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}"
 @store_app.command("verify")
 def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
     """Check the sha256 of every published file of a scale."""
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import StoreError, shipped
+
     _one_of("SCALE", scale, scales())
     try:
         lines = shipped.faults(scale)
@@ -478,6 +556,12 @@ def store_pack(
     row: Annotated[list[str] | None, typer.Option(help="Rows of Table 1 whose first seed's weights go along.")] = None,
 ) -> None:
     """For maintainers: publish the finished runs of a scale, and the weights of some rows of Table 1."""
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.notebooks import load
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import Run, StoreError, shipped
+    from kdiga_nb.runs.graph import graph_of
+
     _one_of("SCALE", scale, scales())
     experiments = [load(scale, name, {}) for name in EVERY]
     rows = {one.id: one for one in load(scale, "table1", {}).rows}  # pyright: ignore[reportOptionalMemberAccess]
@@ -498,6 +582,8 @@ def data_command(
     download: Annotated[bool, typer.Option("--download", help="Fetch what is missing.")] = False,
 ) -> None:
     """Say which data sets are present and complete, or download them."""
+    from kdiga_nb import data
+
     _use_data(root)
     missing = False
     for name in names or list(data.DATASETS):

@@ -7,6 +7,7 @@ Small data sets are tensors. Photographs are files that are decoded on use (``Ph
 training, by threads where a part of them is moved to a device.
 """
 
+import multiprocessing
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdiga_nb import paths
+from kdiga_nb.numerics import distributed
 
 SPLIT_SEED = 0
 
 
 class DataError(ValueError):
     """A data set is missing or not what it should be; the message says in one line what to do."""
+
+
+CLASS_NAMES = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 
 
 class Split(NamedTuple):
@@ -255,7 +262,9 @@ class Feed:
             [(int(index), (base + int(index)) % 2**31 if augment else -1) for index in self.shard.of(part)]
             for part in parts
         ]
-        workers = min(8, (os.cpu_count() or 1) // max(1, self.shard.size)) if self.size > 256 else 0
+        # A daemonic process, such as a worker of Dask or the explorer's trainer, may start no processes.
+        alone = self.size <= 256 or multiprocessing.current_process().daemon
+        workers = 0 if alone else min(8, (os.cpu_count() or 1) // distributed.local_world_size())
         loader = torch.utils.data.DataLoader(
             _Reading(photographs, self.split.labels.cpu()),
             batch_sampler=keys,

@@ -37,17 +37,24 @@ from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS
 P = TypeVar("P", bound=BaseModel)
 
 # The explorer's views and methods, with the names that a reader sees.
-VIEWS = {"lambda": "λ_IGA: the trade-off", "epsilon": "ε: under attack", "loops": "ISD loops", "image": "one image"}
+VIEWS = {
+    "glance": "at a glance",
+    "lambda": "λ_IGA: the trade-off",
+    "epsilon": "ε: under attack",
+    "loops": "ISD loops",
+    "image": "one image",
+}
 EXPLORED = {
-    "st": "ST, standard training",
+    "st": "ST",
     "kd": "KD",
     "kdiga": "KDIGA",
+    "penalty": "gradient penalty",
     "ard": "ARD",
     "kdiga_ard_a": "KDIGA-ARD_A",
     "pgd_student": "PGD adversarial training",
     "trades_student": "TRADES",
-    "isd_wot": "ISD without teacher (WoT)",
-    "isd_wit": "ISD with teacher (WiT)",
+    "isd_wot": "ISD-WoT",
+    "isd_wit": "ISD-WiT",
 }
 
 
@@ -252,12 +259,13 @@ class ExploreParams(IsdParams):
     """The explorer: its own trainings and measurements, and the initial values of its controls."""
 
     section: ClassVar[str] = "explore"
+    lambda_penalty: Weight = _knob("control: weight of the gradient penalty without a teacher")
     sweep: list[Weight] = _knob("further weights of the alignment, trained on the first seed", default=[0.5, 8.0, 32.0])
     radii: list[Radius] = _knob("further radii at which nets are measured")
     llm_images: Count = _knob("test images of the local linearity measure")
     llm_steps: Count = _knob("steps of its search")
     train_missing: bool = _knob("train what the store lacks when the notebook runs", default=False)
-    show_view: Annotated[str, _one_of(VIEWS)] = _knob("the view at the start", default="lambda")
+    show_view: Annotated[str, _one_of(VIEWS)] = _knob("the view at the start", default="glance")
     show_method: Annotated[str, _one_of(EXPLORED)] = _knob("the method at the start", default="kdiga")
     show_seed: Natural = _knob("the seed at the start", default=0)
     show_image: Natural = _knob("the test image at the start", default=0)
@@ -265,6 +273,9 @@ class ExploreParams(IsdParams):
     show_epsilon: Radius | None = _knob("the radius at the start; none: epsilon", default=None)
     show_loop: Count = _knob("the ISD loop at the start", default=1)
     show_dropout: bool = _knob("whether the loops at the start have head dropout", default=True)
+    show_compare: list[Annotated[str, _one_of(EXPLORED)]] = _knob(
+        "methods that the ε view compares at the start", default=["st", "kd", "kdiga", "trades_student", "isd_wot"]
+    )
 
 
 class Table5Params(Params):

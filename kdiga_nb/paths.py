@@ -27,6 +27,11 @@ def published(scale: str) -> Path:
     return ROOT / "published" / scale
 
 
+def claims() -> Path:
+    """The ledger of claims."""
+    return ROOT / "published" / "claims.yaml"
+
+
 def executed(scale: str) -> Path:
     """Where ``kdiga reproduce`` leaves the executed notebooks of a scale."""
     return figures(scale) / "notebooks"

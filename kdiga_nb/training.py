@@ -2,7 +2,8 @@
 
 Each epoch draws its data order, augmentation, dropout and random starts from generators seeded by (seed, epoch). The
 result of an epoch therefore depends only on the state before the epoch. A training that is resumed after an epoch, or
-inside one, gives bit for bit the result of an uninterrupted training on the same machine.
+inside one, gives bit for bit the result of an uninterrupted training on the same CPU. (On a GPU, cuDNN sums some
+gradients in an order that differs between calls.)
 
 The same loop runs on a CPU, on a GPU, or in several processes with one GPU each (torchrun). Several processes split
 each batch and together compute what one process computes on the whole batch (``numerics.distributed``). On a GPU the
@@ -27,7 +28,7 @@ from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
 from kdiga_nb.numerics import distributed
 from kdiga_nb.numerics.memory import attempt, largest_that_fits
-from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device
+from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device, restored_generators
 from kdiga_nb.teacher import prepared_teacher
 
 CHECK_EVERY = 50  # steps between two checks for non-finite terms on a GPU; each check waits for the GPU
@@ -266,7 +267,7 @@ def begin(
     student: nn.Module, method: Method, data: Data, schedule: Schedule, *, seed: int, device: torch.device
 ) -> TrainingState:
     """The state before the first epoch."""
-    with torch.random.fork_rng():
+    with restored_generators(device):
         torch.manual_seed(seed)
         criterion = method.bind(data.image_shape, device)
     parameters = head_parameters(student) if schedule.trainable == "head" else list(student.parameters())
@@ -325,7 +326,7 @@ def train(
     saver = _Saver(save, save_seconds)
     inputs_repeat = not schedule.augment and schedule.precision == "float32"
     prepared = prepared_teacher(teacher, feed, schedule.batch_size, inputs_repeat=inputs_repeat)
-    with computing(where, single_thread=data.single_thread), torch.random.fork_rng(), prepared as teacher:
+    with computing(where, single_thread=data.single_thread), restored_generators(where), prepared as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
             row = _epoch(state, teacher, feed, schedule, seed, saver)
@@ -384,11 +385,12 @@ def _epoch(
                 raise _out_of_memory(student, teacher, state, x, y)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.double() / steps
-            if on_gpu and (step + 1) % CHECK_EVERY == 0:
+            saving = step + 1 < steps and saver.is_due()
+            if on_gpu and (saving or (step + 1) % CHECK_EVERY == 0):
                 check_finite(sums)
         except TrainingError as error:
             raise TrainingError(f"{error} {where}") from None
-        if step + 1 < steps and saver.is_due():
+        if saving:
             state.step, state.random = step + 1, _random_states(generator, feed.device)
             state.sums = {name: value.item() for name, value in sums.items()}
             saver(state)

@@ -138,7 +138,14 @@ def trained(digits: Data) -> nn.Module:
 @pytest.fixture(scope="session")
 def small() -> ExploreParams:
     """The explorer at settings that train in seconds."""
-    changes = {"autoattack_images": 0, "epochs": 3, "batch_size": 64, "epsilon": 0.1, "show_epsilon": 0.1}
+    changes = {
+        "autoattack_images": 0,
+        "epochs": 3,
+        "batch_size": 64,
+        "epsilon": 0.1,
+        "show_epsilon": 0.1,
+        "show_view": "lambda",
+    }
     return at_scale(ExploreParams, "smoke", changes)
 
 

@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -348,6 +350,22 @@ def test_photographs_are_fed_by_worker_processes_whatever_their_number() -> None
     for whole, *parts in zip(*(feed.epoch(8, seeded(), True) for feed in [few, *shards]), strict=True):
         for rank, part in enumerate(parts):
             assert torch.equal(part.images, whole.images[rank::2]) and torch.equal(part.labels, whole.labels[rank::2])
+
+
+def first_batch(queue: Any) -> None:
+    images, _ = next(iter(Feed(load_data("imagenette"), CPU, images=300).epoch(8, seeded(), True)))
+    queue.put(images.numpy())
+
+
+@real("imagenette2-160")
+def test_a_daemonic_process_which_may_start_none_reads_the_same_photographs() -> None:
+    context = get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=first_batch, args=(queue,), daemon=True)
+    process.start()
+    expected, _ = next(iter(Feed(load_data("imagenette"), CPU, images=300).epoch(8, seeded(), True)))
+    assert torch.equal(torch.from_numpy(queue.get(timeout=120)), expected)
+    process.join()
 
 
 @real("imagenette2-160")

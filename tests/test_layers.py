@@ -112,6 +112,20 @@ def test_training_does_not_load_the_plotting_libraries():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("command", [[], ["train"], ["store"]])
+def test_the_help_of_a_command_loads_no_large_library(command: list[str]):
+    heavy = ["torch", "numpy", "scipy", "sklearn", "pandas", "nbformat"]
+    program = f"""
+import sys, kdiga_nb.cli
+try:
+    kdiga_nb.cli.app({[*command, "--help"]})
+finally:
+    print([name for name in {heavy} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout and done.stdout.strip().splitlines()[-1] == "[]"
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_functions_fit_on_a_screen(name: str):
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions(TREES[name])}
@@ -123,6 +137,13 @@ def test_no_error_is_swallowed(name: str):
     handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]
     silent = [h.lineno for h in handlers if h.type is None or all(isinstance(line, ast.Pass) for line in h.body)]
     assert silent == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_scope_opens_a_context_on_every_gpu(name: str):
+    calls = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.Call)]
+    forks = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "fork_rng"]
+    assert all(call.args for call in forks)
 
 
 @pytest.mark.parametrize("name", MODULES)

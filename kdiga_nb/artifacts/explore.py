@@ -22,7 +22,7 @@ from kdiga_nb.artifacts.recipes import (
 )
 from kdiga_nb.artifacts.table import Cell, Experiment, Nets, PerSeed, Row
 from kdiga_nb.measures import Linearity
-from kdiga_nb.methods import ARD, KD, KDIGA_ARD_A, ST, TRADES, Method
+from kdiga_nb.methods import ARD, KD, KDIGA_ARD_A, ST, TRADES, GradientPenalty, Method
 from kdiga_nb.params import EXPLORED, ExploreParams, Params
 from kdiga_nb.runs.graph import Job
 
@@ -73,6 +73,7 @@ def _explored_runs(params: ExploreParams, point: Point) -> tuple[str, str, PerSe
         "st": (ST(), False),
         "kd": (method_of(params, KD), True),
         "ard": (method_of(params, ARD, attack=attack), True),
+        "penalty": (GradientPenalty(params.lambda_penalty), False),
         "kdiga_ard_a": (method_of(params, KDIGA_ARD_A, attack=attack), True),
         "pgd_student": (pgd_training(params), False),
         "trades_student": (TRADES(attack, params.beta), False),
@@ -100,7 +101,7 @@ def reference_teacher(params: Params) -> Nets:
 
 def explore(params: ExploreParams) -> Experiment:
     """What the explorer shows at the start: nets of Tables 1 and 4; KDIGA at further weights on the first seed."""
-    headline = [Point("st"), Point("kd"), Point("kdiga", params.lambda_iga), Point("trades_student")]
+    headline = [Point("st"), Point("kd"), Point("kdiga", params.lambda_iga), Point("penalty"), Point("trades_student")]
     headline += [Point("isd_wot", loop=1), Point("isd_wot", loop=params.loops)]
     further = [Point("ard"), Point("kdiga_ard_a"), Point("pgd_student")]
     further += [Point("isd_wot", loop=loop) for loop in range(2, params.loops)]

@@ -14,7 +14,7 @@ from kdiga_nb.attacks.checks import _check_epsilon, check_inputs
 from kdiga_nb.attacks.gradient import ball
 from kdiga_nb.numerics.batches import in_batches
 from kdiga_nb.numerics.files import content_hash, replace_file
-from kdiga_nb.numerics.scopes import frozen, full_precision_inference
+from kdiga_nb.numerics.scopes import frozen, full_precision, restored_generators
 
 
 @dataclass
@@ -91,7 +91,8 @@ class AutoAttack:
                 raise ValueError(f"AutoAttack {self.version}: {member} compares {fewest} logits, the net has {classes}")
         identity = "" if state is None else _identity(self, model, x, y)
         report = _restore(state, identity, x.device)
-        with frozen(model):
+        # The library would take an image that is wrong in TF32 only as found, and attack it no further.
+        with frozen(model), full_precision():
             if not report.survivors:
                 report.survivors["clean"] = self._right(model, x, y)
             for member in MEMBERS[self.version]:
@@ -113,7 +114,7 @@ class AutoAttack:
 
     def _right(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """(B,) mask of the images that are classified correctly."""
-        with full_precision_inference():
+        with torch.no_grad():
             return in_batches(lambda x, y: (model(x).argmax(1) == y,), (x, y), self.batch_size, models=[model])[0]
 
     def _run(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
@@ -137,11 +138,10 @@ class AutoAttack:
         flags = _Flags()
         logger = logging.getLogger("auto-attack")
         tracer = sys.gettrace()
-        devices = [x.device] if x.device.type == "cuda" else []
         propagate, logger.propagate = logger.propagate, False
         logger.addHandler(flags)
         try:
-            with torch.random.fork_rng(devices):
+            with restored_generators(x.device):
                 attacks: Any = [member]
                 library = pyautoattack.AutoAttack(
                     model, attacks=attacks, version="custom", eps=self.epsilon, seed=self.seed, device=x.device

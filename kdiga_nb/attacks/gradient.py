@@ -30,8 +30,8 @@ from kdiga_nb.numerics.scopes import frozen, full_precision_inference
 Objective = Callable[[Tensor], Tensor]
 
 
-def ball(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of the images within epsilon of x and inside [0, 1].
+def ball(x: Tensor, epsilon: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of the images within epsilon of x and inside [0, 1]; epsilon may differ per image.
 
     x + epsilon is rounded to the precision of x, half of the time away from x. Such a bound is moved back by one
     representable number, so that the distance never exceeds the radius.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,16 @@ from kdiga_nb.data import Data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.measures import Measure, TestAccuracy, first_images, with_mask
 from kdiga_nb.metrics import EVALUATION_SEED, Attacking, classified_correctly, loss_surface
+from kdiga_nb.numerics.batches import batch_that_fits, in_batches
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import frozen
+
+BATCH = 500  # images at a time, if they fit into memory
+
+
+def _input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """``input_gradient`` in batches that fit into memory."""
+    return in_batches(partial(input_gradient, model), (x, y), BATCH, models=[model])
 
 
 def _generator(x: Tensor) -> torch.Generator:
@@ -65,7 +74,7 @@ class Gradients(Measure):
         check_inputs(model, x, y)
         model = folded_copy(model, data.image_shape)
         with frozen(model):
-            g, logits = input_gradient(model, x, y)
+            g, logits = _input_gradient(model, x, y)
             result: dict[str, Any] = {
                 "zero": 100 * (g.flatten(1).abs().amax(1) == 0).double().mean().item(),
                 "norm": g.flatten(1).norm(dim=1).mean().item(),
@@ -78,7 +87,7 @@ class Gradients(Measure):
             }
         if reference is not None:
             with frozen(reference):
-                other, _ = input_gradient(reference, x, y)
+                other, _ = _input_gradient(reference, x, y)
             cosine = torch.cosine_similarity(g.flatten(1), other.flatten(1), dim=1)
             result["cosine"] = cosine.mean().item()
         return result
@@ -86,8 +95,9 @@ class Gradients(Measure):
     def _curve(self, model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
         attack, losses = PGD(self.epsilon, self.epsilon / 10, 1), []
         x_adv = attack.start(x, generator=_generator(x))
+        size = batch_that_fits([model], x, BATCH)
         for step in range(max(self.steps) + 1):
-            gradient, logits = input_gradient(model, x_adv, y)
+            gradient, logits = in_batches(partial(input_gradient, model), (x_adv, y), size)
             if step in self.steps:
                 losses.append(cross_entropy(logits, y).mean().item())
             x_adv = attack.step(x_adv, gradient, x)
@@ -96,7 +106,8 @@ class Gradients(Measure):
     def _noise(self, model: nn.Module, x: Tensor, y: Tensor) -> float:
         attack, generator = PGD(self.epsilon, self.epsilon, 1), _generator(x)
         with torch.no_grad():
-            draws = [cross_entropy(model(attack.start(x, generator=generator)), y) for _ in range(10)]
+            starts = (attack.start(x, generator=generator) for _ in range(10))
+            draws = [cross_entropy(in_batches(lambda x: (model(x),), (start,), BATCH)[0], y) for start in starts]
         return torch.stack(draws).amax(0).mean().item()
 
     def _surface(self, model: nn.Module, x: Tensor, y: Tensor, g: Tensor, logits: Tensor) -> list[list[float]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdiga_nb.numerics.memory import attempt, free_memory, trim
-from kdiga_nb.numerics.scopes import frozen
+from kdiga_nb.numerics.scopes import frozen, restored_generators
 
 log = logging.getLogger("kdiga")
 Results = tuple[Tensor, ...]
@@ -49,8 +49,7 @@ def _kept_for_backward(models: Sequence[nn.Module], x: Tensor) -> int:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    devices = [x.device] if x.device.type == "cuda" else []
-    with ExitStack() as stack, torch.random.fork_rng(devices), torch.enable_grad():
+    with ExitStack() as stack, restored_generators(x.device), torch.enable_grad():
         for model in models:
             stack.enter_context(frozen(model))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -73,6 +73,17 @@ def _gradients(gradient: Tensor, x: Tensor, weight: Tensor, at: _Geometry, mask:
     )
 
 
+def _blank(like: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of which the backward pass of a convolution reads only the shape; on a CPU it takes no memory.
+
+    On a GPU cuDNN also reads the memory layout, and copies all tensors to it if it is not that of ``like``.
+    """
+    if like.device.type == "cpu":
+        return like.new_empty(()).expand(shape)
+    order = torch.contiguous_format if like.is_contiguous() else torch.channels_last
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=order)
+
+
 class _InputGradient(torch.autograd.Function):
     """(gy, w) -> gx, bilinear; its derivatives are a convolution and a weight gradient."""
 
@@ -80,8 +91,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, weight: Tensor, shape: torch.Size, at: _Geometry) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(gradient, weight)
         ctx.at = at
-        blank = gradient.new_empty(()).expand(shape)  # only its shape is read
-        return _gradients(gradient, blank, weight, at, [True, False, False])[0]
+        return _gradients(gradient, _blank(gradient, shape), weight, at, [True, False, False])[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -98,8 +108,7 @@ class _WeightGradient(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gradient: Tensor, shape: torch.Size, at: _Geometry) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, gradient)
         ctx.at = at
-        blank = x.new_empty(()).expand(shape)
-        return _gradients(gradient, x, blank, at, [False, True, False])[1]
+        return _gradients(gradient, x, _blank(x, shape), at, [False, True, False])[1]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -113,14 +122,14 @@ class _Port(torch.autograd.Function):
     """One side of a convolution, x or w; the backward pass computes the gradient of this side only.
 
     One node with two inputs would always compute both gradients. With one node per input, the autograd engine runs only
-    the nodes whose gradient is needed. The forward value is a zero that takes no memory. ``other`` is no input
+    the nodes whose gradient is needed. The forward value is one unread number. ``other`` is no input
     of the node, for an input would be an edge.
     """
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, other: list[Tensor], shape: torch.Size, at: _Geometry, side: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.other, ctx.at, ctx.side, ctx.shape = other[0], at, side, own.shape
-        return own.new_zeros(()).expand(shape)
+        return own.new_empty(()).expand(shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,7 +1,7 @@
 """Devices, and scopes for evaluation mode, precision and thread counts; each scope restores what it changed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +26,35 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-@contextmanager
-def full_precision_inference() -> Iterator[None]:
-    """Forward passes inside the block run without gradients and in full fp32: they decide what counts as robust.
+def restored_generators(device: torch.device | None = None) -> AbstractContextManager[None]:
+    """The random generators of the CPU, and of this GPU, have the same state after the block as before.
 
-    On a GPU, attacks search in TF32, as training does. The images that attacks return are classified in full fp32.
+    ``fork_rng`` without a list of devices opens a context on every GPU of the machine.
     """
+    return torch.random.fork_rng([device] if device is not None and device.type == "cuda" else [])
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions and matrix products inside the block run in full fp32, on a GPU too."""
     precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = tf32
+
+
+@contextmanager
+def full_precision_inference() -> Iterator[None]:
+    """Forward passes inside the block run without gradients and in full fp32: they decide what counts as robust.
+
+    On a GPU, PGD searches in TF32, as training does. The images that attacks return are classified in full fp32.
+    """
+    with full_precision(), torch.no_grad():
+        yield
 
 
 def resolve_device(device: str | torch.device | None = None) -> torch.device:

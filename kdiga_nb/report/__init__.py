@@ -1,6 +1,6 @@
 """Experiment -> DataFrame -> CSV, figures and provenance, with the paper's numbers for comparison."""
 
-from kdiga_nb.report.figures import PALETTE, plot_bars, plot_bounds, plot_epsilon, plot_loops, plot_plane
+from kdiga_nb.report.figures import PALETTE, plot_bounds, plot_dots, plot_epsilon, plot_loops, plot_plane
 from kdiga_nb.report.files import ReproductionError, commit, provenance, reproduce, save
 from kdiga_nb.report.numbers import (
     COLUMNS,
@@ -30,3 +30,4 @@ from kdiga_nb.report.study_figures import (
     plot_tightness,
     plot_weights,
 )
+from kdiga_nb.report.verdicts import print_verdicts, verdicts, with_audit

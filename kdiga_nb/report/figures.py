@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_chain
+from kdiga_nb.report.colors import method_color, metric_colors
 from kdiga_nb.report.numbers import metric_name, short, value
 
 PALETTE = sns.color_palette("colorblind")
@@ -71,8 +72,7 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
             points = _plane_points(table, rows, metric)
             if not points:
                 continue
-            # After the last colour of the palette, the colours repeat in a lighter shade.
-            color = sns.light_palette(PALETTE[index % len(PALETTE)], 4)[3 - index // len(PALETTE)]
+            color = method_color(rows[-1], index)
             for _, x, y in points:
                 cross = {"xerr": _whiskers(x), "yerr": _whiskers(y), "fmt": "none", "ecolor": color}
                 axes.errorbar(x["value"], y["value"], elinewidth=0.9, alpha=0.35, **cross)
@@ -95,40 +95,32 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
     return figure
 
 
-def plot_bars(table: pd.DataFrame, metrics: Sequence[str], title: str, ylabel: str = "accuracy (%)") -> Figure:
-    """Horizontal bars with 95 % whiskers: one group per row, one colour per metric.
-
-    A hollow diamond marks the number in the paper.
-    """
+def plot_dots(table: pd.DataFrame, metrics: Sequence[str], title: str, xlabel: str = "accuracy (%)") -> Figure:
+    """One line per row, one dot with its 95 % interval per metric; a hollow diamond is the number in the paper."""
     rows = list(dict.fromkeys(table["row"]))
-    figure, axes = one_panel(8.2, 0.9 + 0.2 * len(metrics) * len(rows) + 0.12 * len(rows))
-    step = 0.8 / len(metrics)
-    labels = []
-    for position, row in enumerate(rows):
-        part = table[table["row"] == row].set_index("metric")
-        label = str(part["label"].iloc[0])
-        ran = False
-        for offset, metric in enumerate(metrics):
-            if metric not in part.index:
-                continue
-            entry, y = part.loc[metric], position + (offset - (len(metrics) - 1) / 2) * step
-            if not pd.isna(entry["value"]):
-                ran = True
-                error = None if pd.isna(entry["low"]) else np.array(_whiskers(entry))
-                axes.barh(y, entry["value"], step * 0.92, color=PALETTE[offset], xerr=error, error_kw={"lw": 0.8})
-            if not pd.isna(entry["reported"]):
-                axes.plot(entry["reported"], y, "D", markersize=4, markerfacecolor="white", markeredgecolor="black")
-        labels.append(label if ran else f"{label} (not run)")
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel(ylabel)
-    axes.set_title(title)
-    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i]) for i in range(len(metrics))]
-    names = [metric_name(metric) for metric in metrics]
+    figure, axes = one_panel(8.2, 1.25 + 0.24 * len(rows))
+    axes.grid(visible=False, axis="y")
+    handles: dict[str, Any] = {}
+    paper: dict[str, Any] = {"marker": "D", "linestyle": "none", "markersize": 4.5, "markerfacecolor": "white"}
+    labels = {row: str(table.loc[table["row"] == row, "label"].iloc[0]) for row in rows}
+    measured = set(table.loc[table["metric"].isin(metrics) & table["value"].notna(), "row"])
+    for position in range(0, len(rows), 2):
+        axes.axhspan(position - 0.5, position + 0.5, color="0.96", zorder=0)
+    for index, (metric, color) in enumerate(zip(metrics, metric_colors(metrics), strict=True)):
+        part = table[table["metric"] == metric].set_index("row").reindex(rows)
+        y = np.arange(len(rows)) + (index - (len(metrics) - 1) / 2) * 0.5 / len(metrics)  # intervals side by side
+        axes.hlines(y, part["low"], part["high"], color=color, linewidth=1.2, alpha=0.5)
+        (handles[metric_name(metric)],) = axes.plot(part["value"], y, "o", color=color, markersize=4.5)
+        axes.plot(part["reported"], y, markeredgecolor=color, zorder=3, **paper)
     if table["reported"].notna().any():
-        handles.append(plt.Line2D([], [], marker="D", color="white", markeredgecolor="black", markersize=5))
-        names.append("paper (its own data and nets)")
-    axes.legend(handles, names, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=2)
+        handles["paper (its own data and nets)"] = plt.Line2D([], [], markeredgecolor="0.3", **paper)
+    axes.set_yticks(range(len(rows)), [labels[row] + ("" if row in measured else " (not run)") for row in rows])
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title, loc="right", pad=6 + 14 * math.ceil(len(handles) / 4))
+    above = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.997), "ncols": 4, "columnspacing": 1.2}
+    axes.legend(handles.values(), handles.keys(), fontsize=8, frameon=False, handletextpad=0.1, **above)
     return figure
 
 
@@ -149,7 +141,7 @@ def plot_loops(table: pd.DataFrame, series: dict[str, Sequence[str]], metrics: S
                 (loop, part.loc[row]) for loop, row in enumerate(rows) if row in part.index
             ]
             drawn = [(loop, entry) for loop, entry in points if not math.isnan(float(entry["value"]))]
-            color = PALETTE[index]
+            color = method_color(rows[-1], index)
             if drawn:
                 errors = np.hstack([np.array(_whiskers(entry)) for _, entry in drawn])
                 loops = [loop + shift for loop, _ in drawn]

@@ -12,7 +12,8 @@ from kdiga_nb.artifacts.studies import WEIGHTED, Effect, weighted_row, weights_o
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
 from kdiga_nb.params import AlignmentParams
-from kdiga_nb.report.figures import PALETTE, one_panel, plain_axes
+from kdiga_nb.report.colors import label_color, method_color, metric_color
+from kdiga_nb.report.figures import one_panel, plain_axes
 from kdiga_nb.report.numbers import metric_name, results, short, values
 
 
@@ -20,7 +21,7 @@ def plot_audit(audits: Mapping[str, Found], title: str) -> Figure:
     """Accuracy against radius and against step size, and loss against steps; one line per net."""
     figure, panels = plt.subplots(1, 3, figsize=(12.0, 4.2), layout="constrained")
     for index, (net, audit) in enumerate(audits.items()):
-        style: dict[str, Any] = {"color": PALETTE[index], "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": label_color(short(net), index), "marker": "o", "markersize": 4}
         label = short(net)
         radii = [*sweep(audit, "pgd@"), (0.0, audit["clean"]["percent"]), (1.0, audit["pgd"]["percent"])]
         panels[0].plot(*zip(*sorted(radii), strict=True), label=label, **style)
@@ -71,7 +72,7 @@ def plot_radii(experiment: Experiment, names: Sequence[str], title: str) -> Figu
         student = [radius for result in certified for radius in result["radii"]]
         limit = 1.05 * max([*teacher, *student, 1e-3])
         axes.plot([0, limit], [0, limit], color="black", linewidth=0.8)
-        axes.scatter(teacher, student, s=8, alpha=0.35, color=PALETTE[index], linewidths=0)
+        axes.scatter(teacher, student, s=8, alpha=0.35, color=method_color(name, index), linewidths=0)
         kept = 100 * float(np.mean(np.array(student) >= np.array(teacher)))
         axes.set_title(f"{short(experiment.row(name).label)}\n{kept:.0f} % at or above the teacher", fontsize=9)
         axes.set_xlabel("teacher's certified radius")
@@ -95,7 +96,9 @@ def plot_tightness(experiment: Experiment, title: str) -> Figure:
             (images,) = [result["images"] for result in results(row, "gap")]
             gap, bound = np.array(images["gap"]), np.array(images[form])
             broken, total = broken + int((gap > bound).sum()), total + len(gap)
-            axes.scatter(bound, gap, s=7, alpha=0.4, color=PALETTE[index], linewidths=0, label=short(row.label))
+            axes.scatter(
+                bound, gap, s=7, alpha=0.4, color=method_color(row.id, index), linewidths=0, label=short(row.label)
+            )
         axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="bound (nats)")
         axes.set_title(f"{name}\n{broken} of {total} images above the diagonal", fontsize=9)
@@ -121,7 +124,9 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], title: str) -> Figure:
         places = np.arange(len(levels)) + (index - (len(effects) - 1) / 2) * step
         points = np.array([effect.points for effect in levels])
         error = np.array([[effect.points - effect.low, effect.high - effect.points] for effect in levels]).T
-        axes.errorbar(points, places, xerr=error, fmt="o", capsize=3, color=PALETTE[index], label=metric_name(metric))
+        axes.errorbar(
+            points, places, xerr=error, fmt="o", capsize=3, color=metric_color(metric), label=metric_name(metric)
+        )
     axes.axvline(0, color="black", linewidth=0.8)
     choices = [f"{effect.factor.name}: {effect.factor.low} → {effect.factor.high}" for effect in first]
     axes.set_yticks(range(len(first)), choices, fontsize=9)
@@ -146,11 +151,11 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
         if not points:
             continue
         xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
-        style: dict[str, Any] = {"color": PALETTE[index], "marker": "o^sDv"[index], "markersize": 6}
+        style: dict[str, Any] = {"color": method_color(kind, index), "marker": "o^sDv"[index], "markersize": 6}
         axes.plot(xs, ys, label=label, linewidth=1.2, **style)
         for weight, x, y in points:
             place = ((5, 5), (5, -11), (-8, 7), (6, -4), (5, 5))[index]  # lines may lie close together
-            axes.annotate(f"{weight:g}", (x, y), place, textcoords="offset points", fontsize=8, color=PALETTE[index])
+            axes.annotate(f"{weight:g}", (x, y), place, textcoords="offset points", fontsize=8, color=style["color"])
     stars = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
     for row, words in stars.items():
         x, y = numbers[row, "clean"], numbers[row, robust]

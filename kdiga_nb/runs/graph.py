@@ -1,16 +1,20 @@
 """Many runs and measurements: the job graph, local workers and executors."""
 
+import contextlib
 import multiprocessing.connection
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from kdiga_nb import paths
 from kdiga_nb.measures import Measure
@@ -22,6 +26,7 @@ from kdiga_nb.runs.run import _NAMES, Run, Source, ancestors, run_key
 from kdiga_nb.runs.store import check_writable, is_finished, load_or_train, log, measure, measured
 from kdiga_nb.training import Callback, TrainingState
 
+_LOCKS: list[FileLock] = []  # a lock that is garbage is released
 NO_TRAINING = "KDIGA_NO_TRAINING"  # environment variable, which worker processes and notebooks inherit
 
 
@@ -129,9 +134,23 @@ def default_workers(device: str | None = None) -> int:
 
 
 def _do_elsewhere(places: dict[str, str], job: Job, device: str | None) -> None:
-    """``do`` on another machine, with the store and the data of this one."""
+    """``do`` on another machine, with the store and the data of this one, on a GPU that no other worker there uses."""
     os.environ.update(places)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(claimed_place(torch.cuda.device_count(), Path(tempfile.gettempdir())))
     do(job, device)
+
+
+@cache
+def claimed_place(places: int, home: Path) -> int:
+    """One of so many places of this machine, locked for the life of this process; a shared one if all are taken."""
+    for place in range(places):
+        lock = FileLock(home / f"kdiga-gpu-{place}.lock", timeout=0)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            _LOCKS.append(lock)
+            return place
+    return os.getpid() % places
 
 
 def _begin_worker(number: Any, threads: int) -> None:

@@ -37,7 +37,7 @@ from kdiga_nb.measures import Measure
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
 from kdiga_nb.numerics.files import content_hash, replace_file
-from kdiga_nb.numerics.scopes import computing, placed, resolve_device
+from kdiga_nb.numerics.scopes import computing, placed, resolve_device, restored_generators
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of
 from kdiga_nb.runs.run import Run, Source, describe, folder, measure_name, run_key
@@ -50,6 +50,14 @@ SAVE_SECONDS = 600.0  # seconds between checkpoints: what a kill may cost
 def is_finished(run: Source) -> bool:
     """Whether the store holds the run's result (``load_or_train`` checks its hash). A checkpoint is always finished."""
     return isinstance(run, Checkpoint) or (folder(run) / "run.json").exists()
+
+
+def is_published(run: Source) -> bool:
+    """Whether the store's result came from ``kdiga store pull`` and was not trained here."""
+    try:
+        return "published" in json.loads((folder(run) / "run.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def load_or_train(
@@ -226,8 +234,10 @@ def damage(run: Run) -> str | None:
         if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"
         return None if (home / "history.csv").exists() else "history.csv is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "run.json or the weights cannot be read"
 
 
 def _set_aside_if_damaged(run: Run) -> bool:
@@ -250,7 +260,7 @@ def _set_aside_if_damaged(run: Run) -> bool:
 
 def _fresh(run: Run) -> nn.Module:
     data = load_data(run.dataset)
-    with torch.random.fork_rng():
+    with restored_generators():
         torch.manual_seed(run.seed)
         return build_model(
             run.model, num_classes=data.num_classes, image_shape=data.image_shape, head_dropout=run.head_dropout

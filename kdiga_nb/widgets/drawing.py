@@ -21,11 +21,15 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from kdiga_nb.metrics import Accuracy
 from kdiga_nb.params import radius_text
+from kdiga_nb.report.colors import METRICS as METRIC_COLORS
+from kdiga_nb.report.colors import method_color
 from kdiga_nb.report.figures import PALETTE
 from kdiga_nb.report.numbers import metric_name
 from kdiga_nb.widgets.fast_axes import FastCanvas, name_ticks, set_ticks
 from kdiga_nb.widgets.views import (
     Array,
+    Facet,
+    Glance,
     GradientMaps,
     Loops,
     NetView,
@@ -34,9 +38,10 @@ from kdiga_nb.widgets.views import (
     TradeOff,
     UnderAttack,
     ViewData,
+    curve,
 )
 
-SIZE = (11.0, 4.7)  # inches, of every view
+SIZE = (11.0, 5.4)  # inches, of every view
 DPI = 100
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -47,7 +52,9 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
 }
 STYLE |= {"axes.spines.right": False, "axes.titley": 1.02, "legend.frameon": False, "svg.hashsalt": "kdiga"}
-METRICS = {"clean": (PALETTE[0], "o"), "pgd": (PALETTE[1], "s"), "autoattack": (PALETTE[2], "^")}
+METRICS = {
+    kind: (METRIC_COLORS[kind], marker) for kind, marker in {"clean": "o", "pgd": "s", "autoattack": "^"}.items()
+}
 GREY = "0.45"
 
 
@@ -57,6 +64,8 @@ def draw(data: ViewData) -> Figure:
         figure = Figure(SIZE, dpi=DPI)
         FastCanvas(figure)
         match data:
+            case Glance():
+                _draw_glance(figure, data)
             case TradeOff():
                 _draw_trade_off(figure, data)
             case UnderAttack():
@@ -114,6 +123,74 @@ def _pgd(data: ViewData) -> str:
     return f"pgd{data.state.params.pgd_steps}"
 
 
+# ---- at a glance ----
+
+
+def _draw_glance(figure: Figure, data: Glance) -> None:
+    """One column per net: input gradient, attacked image, smallest ε that fools it, belief before and after."""
+    figure.subplots_adjust(left=0.075, right=0.99, bottom=0.1, top=0.93)
+    ratios = {"width_ratios": (1.25, *(1,) * len(data.facets)), "height_ratios": (1, 1, 0.62)}
+    grid = figure.add_gridspec(3, 1 + len(data.facets), **ratios, hspace=0.3, wspace=0.16)
+    picture = figure.add_subplot(grid[:2, 0])
+    picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
+    picture.set_title(f"image {data.state.image}: {data.state.class_name(data.label)}")
+    _bare(picture)
+    _draw_smallest(figure.add_subplot(grid[2, 0]), data)
+    for column, (name, facet) in enumerate(data.facets.items(), 1):
+        axes = [figure.add_subplot(grid[row, column]) for row in range(3)]
+        if facet is None:
+            axes[0].set_title(name)
+            _note(axes[1], "not in\nthe store")
+            for one in axes:
+                _bare(one)
+            continue
+        _draw_facet(axes, data, name, facet, first=column == 1)
+
+
+def _draw_facet(axes: Sequence[Axes], data: Glance, name: str, facet: Facet, first: bool) -> None:
+    color = method_color(facet.row)
+    largest = max(float(np.abs(facet.gradient).max()), 1e-12)
+    axes[0].imshow(facet.gradient, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    axes[0].set_title(name, color=color, fontweight="bold")
+    axes[0].set_xlabel(f"gradient, ‖g‖₂ = {facet.norm:.2g}")
+    axes[1].imshow(facet.attacked, cmap="gray", vmin=0, vmax=1)
+    guess = int(facet.beliefs[1].argmax())
+    wrong: dict[str, Any] = {} if guess == data.label else {"color": PALETTE[3], "fontweight": "bold"}
+    verdict = "still" if guess == data.label else "now"
+    axes[1].set_xlabel(f"{verdict} {data.state.class_name(guess)} ({100 * facet.beliefs[1, guess]:.0f} %)", **wrong)
+    for one in axes[:2]:
+        _bare(one)
+    if first:
+        axes[0].set_ylabel("input gradient")
+        axes[1].set_ylabel(f"attacked, ε = {radius_text(data.state.epsilon)}")
+    _draw_probabilities(axes[2], facet.beliefs, "class", named=first)
+    if first:
+        handles, labels = axes[2].get_legend_handles_labels()
+        axes[2].figure.legend(handles, [f"belief, {label}" for label in labels], loc="lower left", ncols=2)
+
+
+def _brief(name: str) -> str:
+    """A column's name without its weight, and only the last word of two: penalty, teacher."""
+    return name.partition(",")[0].rpartition(" ")[2]
+
+
+def _draw_smallest(axes: Axes, data: Glance) -> None:
+    """The smallest radius that fools each net, as bars; an arrow where none of the radii does."""
+    reach = data.state.radii[-1]
+    known = [(name, facet) for name, facet in data.facets.items() if facet is not None]
+    for place, (_, facet) in enumerate(known):
+        shown = reach if facet.smallest is None else facet.smallest
+        text = f"> {radius_text(reach)}" if facet.smallest is None else radius_text(facet.smallest)
+        axes.barh(-place, shown, 0.7, color=method_color(facet.row))
+        box = {"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 0.5}  # covers the line of the chosen ε
+        axes.annotate(text, (shown, -place), (3, 0), textcoords="offset points", va="center", fontsize=8, bbox=box)
+    axes.axvline(data.state.epsilon, color="black", linewidth=1, linestyle="--", zorder=1.5)
+    axes.set(xlim=(0, 1.3 * reach), ylim=(0.6 - max(len(known), 1), 0.6))
+    name_ticks(axes.yaxis, {-float(place): _brief(name) for place, (name, _) in enumerate(known)})
+    axes.set_title("smallest ε that fools it")
+    set_ticks(axes)
+
+
 # ---- λ ----
 
 
@@ -130,12 +207,12 @@ def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
     left.axvspan(here / 1.12, here * 1.12, color=PALETTE[4], alpha=0.25, linewidth=0)
     for metric in ("clean", pgd, "autoattack"):
         _series(left, places, metric, label=metric_name(metric), linestyle="none" if metric == "autoattack" else "-")
-    left.plot(untrained, np.zeros(len(untrained)), "|", color=GREY)
+    left.plot(untrained, np.full(len(untrained), 1.5), "o", color=GREY, markersize=4.5, markerfacecolor="white")
     left.set_xscale("log")
     ticks = {smallest / 4: "0"} | {x: f"{x:g}" for x in (0.125, 1.0, 8.0, 64.0)}
     name_ticks(left.xaxis, ticks)
     left.set(ylim=(0, 103), xlim=(smallest / 6, max(weights) * 1.5))
-    left.set(xlabel="λ_IGA (0: KD; short grey lines: not trained)", ylabel="accuracy (%)")
+    left.set(xlabel="λ_IGA (0: KD; hollow points: not trained)", ylabel="accuracy (%)")
     left.set_title(f"Accuracy over λ_IGA, ε = {radius_text(epsilon)}")
     if any(net.accuracies for net in data.nets):
         left.legend(loc="lower right")
@@ -215,15 +292,10 @@ def _draw_under_attack(figure: Figure, data: UnderAttack) -> None:
 def _draw_epsilon(axes: Axes, data: UnderAttack) -> None:
     pgd, epsilon = _pgd(data), data.state.params.epsilon
     axes.axvline(data.state.epsilon, color=PALETTE[4], linewidth=5, alpha=0.35)
-    for index, net in enumerate(data.nets):
-        color = "black" if net is data.chosen else PALETTE[index % len(PALETTE)]
+    for net in data.nets:
+        color = method_color(net.row)
         width = 2.0 if net is data.chosen else 1.0
-        points = {0.0: net.accuracies.get("clean"), epsilon: net.accuracies.get(pgd)}
-        for metric, accuracy in net.accuracies.items():
-            if metric.startswith(f"{pgd}@"):
-                points[float(metric.partition("@")[2])] = accuracy
-        known = sorted((radius, accuracy) for radius, accuracy in points.items() if accuracy is not None)
-        if known:
+        if known := curve(net, data.state):
             radii, accuracies = zip(*known, strict=True)
             label = f"{net.label} (chosen)" if net is data.chosen else net.label
             _errorbar(axes, radii, accuracies, color=color, marker=".", linewidth=width, label=label)
@@ -267,16 +339,16 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     axes.annotate(text, (0.5, 0), (0, -20), **below)
 
 
-def _draw_probabilities(axes: Axes, probabilities: Array, label: str) -> None:
-    """One pair of bars per class; class numbers are shown if the x axis has a label."""
+def _draw_probabilities(axes: Axes, probabilities: Array, label: str, named: bool = True) -> None:
+    """One pair of bars per class; class numbers are shown if the x axis has a label, probabilities if ``named``."""
     count = probabilities.shape[1]
     for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
         left = np.arange(count) + 0.4 * (offset - 1)
         corners = [(left, 0 * values), (left, values), (left + 0.4, values), (left + 0.4, 0 * values)]
         bars = PolyCollection(list(np.array(corners).transpose(2, 0, 1)), facecolor=PALETTE[offset], label=name)
         axes.add_collection(bars, autolim=False)
-    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability")
-    name_ticks(axes.yaxis, {0.0: "0.0", 0.5: "0.5", 1.0: "1.0"})
+    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability" if named else "")
+    name_ticks(axes.yaxis, {place: f"{place:.1f}" if named else "" for place in (0.0, 0.5, 1.0)})
     if count <= 20:
         name_ticks(axes.xaxis, {float(number): str(number) if label else "" for number in range(count)})
     set_ticks(axes)
@@ -421,6 +493,11 @@ def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) 
 def table(data: ViewData) -> pd.DataFrame:
     """The numbers of a view, for readers without a kernel and for screen readers."""
     match data:
+        case Glance():
+            known = {name: facet for name, facet in data.facets.items() if facet is not None}
+            return pd.DataFrame.from_dict(
+                {name: _facet_line(data, facet) for name, facet in known.items()}, orient="index"
+            )
         case TradeOff() | UnderAttack():
             return _accuracy_table(data.nets)
         case Loops():
@@ -428,6 +505,15 @@ def table(data: ViewData) -> pd.DataFrame:
         case OneImage():
             terms = data.terms | ({"bound": sum(data.terms.values()), "measured gap": data.gap} if data.terms else {})
             return pd.DataFrame({"nats": {name: f"{value:.3f}" for name, value in terms.items()}})
+
+
+def _facet_line(data: Glance, facet: Facet) -> dict[str, str]:
+    radius = "none" if facet.smallest is None else radius_text(facet.smallest)
+    answers = [f"{data.state.class_name(int(one.argmax()))} ({100 * one.max():.0f} %)" for one in facet.beliefs]
+    headings = "clean answer", f"answer, attacked at ε = {radius_text(data.state.epsilon)}"
+    return {"‖gradient‖₂": f"{facet.norm:.3g}", "smallest ε that fools it": radius} | dict(
+        zip(headings, answers, strict=True)
+    )
 
 
 def _accuracy_table(nets: Sequence[NetView]) -> pd.DataFrame:

@@ -6,10 +6,12 @@ Moving a control reads the store and redraws; only a button starts training, in 
 import base64
 import gc
 import html
+import itertools
 import logging
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as ipw
@@ -18,7 +20,7 @@ import yaml
 from kdiga_nb import paths, runs
 from kdiga_nb.artifacts.explore import CHAINS, Point, reference_teacher
 from kdiga_nb.artifacts.table import Row
-from kdiga_nb.data import load_data
+from kdiga_nb.data import DataError, load_data
 from kdiga_nb.models import MODELS
 from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, at_scale, radius_text, scales
 from kdiga_nb.runs import StoreError
@@ -27,7 +29,7 @@ from kdiga_nb.runs.run import Run
 from kdiga_nb.runs.store import is_finished
 from kdiga_nb.widgets.background import Training, TrainingProgress
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
-from kdiga_nb.widgets.views import State, ViewData, compute, is_empty, missing, words
+from kdiga_nb.widgets.views import State, ViewData, compute, details, glance_points, is_empty, missing, words
 
 log = logging.getLogger("kdiga")
 
@@ -36,15 +38,27 @@ POLL_SECONDS = 0.3
 WIDE, NARROW = "370px", "200px"
 
 STYLE = """<style>
-.kdiga-text, .kdiga-status { line-height: 1.4; max-width: 1080px }
-.kdiga-text { min-height: 2.8em }
-.kdiga-error { color: #a32020 }
-.kdiga-stale img { opacity: .35; outline: 2px dashed #a32020 }
+.kdiga-text, .kdiga-status { line-height: 1.4; max-width: 1500px }
+.kdiga-text { min-height: 2.8em; font-size: 1.05em }
+.kdiga-explorer { --kdiga-red: #a32020 }
+[data-jp-theme-light="false"] .kdiga-explorer, .theme-dark .kdiga-explorer { --kdiga-red: #ff8a80 }
+.kdiga-error { color: var(--kdiga-red) }
+.kdiga-stale img { opacity: .35; outline: 2px dashed var(--kdiga-red) }
+.kdiga-explorer img { width: 100%; max-width: 1500px; height: auto; border-radius: 4px }
+.kdiga-explorer .widget-html-content { width: 100%; color: inherit }
+[data-jp-theme-light="false"] .kdiga-explorer img, .theme-dark .kdiga-explorer img { filter: brightness(.86) }
 .kdiga-explorer details { line-height: 1.5; max-width: 900px }
 .kdiga-explorer summary { cursor: pointer }
 </style>"""
 
 HELP = {
+    "glance": (
+        "One image, seen by five nets. First row: the gradient of the loss with respect to the image; red: a brighter "
+        "pixel raises the loss. Second row: the image attacked on that net at the chosen ε, and its answer. Third row: "
+        "its probabilities for every class, clean and attacked. Left: the smallest ε of the slider at which the attack "
+        "fools each net; the dashed line is the chosen ε. The gradient penalty has no teacher: it is the control that "
+        "shows how much a small gradient alone does."
+    ),
     "lambda": (
         "λ_IGA is the weight of input gradient alignment in the loss; λ_IGA = 0 is KD. Left: clean and robust "
         "accuracy of all trained weights, with 95 % intervals over the test images. Middle: the same nets as a "
@@ -72,10 +86,26 @@ HELP = {
 }
 # The controls that each view depends on.
 CONTROLS = {
+    "glance": ("epsilon", "image", "lambda_iga"),
     "lambda": ("lambda_iga",),
     "epsilon": ("epsilon", "image", "method", "lambda_iga", "loop", "dropout"),
-    "loops": ("loop", "image", "method", "dropout"),
+    "loops": ("loop", "image", "chain", "dropout"),
     "image": ("image", "epsilon", "method", "lambda_iga", "loop", "dropout"),
+}
+
+
+OWN = ("epsilon", "image", "method", "chain", "lambda_iga", "loop", "dropout")  # shown by some views only
+GLOSSARY = {
+    "ST": "standard training on the labels",
+    "KD": "knowledge distillation: the student also matches the teacher's predictions",
+    "KDIGA": "KD with input gradient alignment: the student also matches the teacher's input gradients",
+    "gradient penalty": "a control without a teacher: the student's input gradients are made small",
+    "input gradient": "how the loss changes with each pixel",
+    "ISD-WoT, ISD-WiT": "iterative self-distillation without and with a robust teacher for the first loop",
+    "TRADES": "adversarial training that keeps clean and attacked predictions close",
+    "PGD-20, AutoAttack": "attacks that know the net; AutoAttack is the stronger one",
+    "LLM": "local linearity measure: how far the loss is from linear in the ball of radius ε (0: linear)",
+    "nats": "the unit of the cross-entropy: its logarithm is natural",
 }
 
 
@@ -144,7 +174,7 @@ class Explorer:
             control.observe(lambda change, name=name: self._changed(name), names="value")
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=wrap)
-        own = [self.controls[name] for name in CONTROLS["epsilon"]]  # the view with all controls
+        own = [self.controls[name] for name in OWN]
         # Fixed height, so that the figure keeps its place when the view changes.
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
@@ -168,9 +198,12 @@ class Explorer:
             "student": ipw.Dropdown(options=self._students(), description="student", **_place(NARROW)),
             "seed": ipw.Dropdown(options=seeds, description="seed", **_place(NARROW)),
             "lambda_iga": ipw.SelectionSlider(options=self._weights(), description="λ_IGA", **_slider()),
-            "epsilon": ipw.SelectionSlider(options=self._radii(), description="ε", **_slider()),
+            "epsilon": ipw.SelectionSlider(options=self._radii(), description="ε", **_place(WIDE)),
             "loop": ipw.IntSlider(min=1, max=self._last_loop(), description="loop", **_slider()),
             "image": ipw.IntSlider(min=0, max=self._images() - 1, description="image", **_slider()),
+            "chain": ipw.Dropdown(
+                options=[(EXPLORED[name], name) for name in CHAINS], description="chain", **_place(WIDE)
+            ),
             "method": ipw.Dropdown(options=methods, description="method", **_place(WIDE)),
             "dropout": ipw.Checkbox(description="head dropout, in ISD", **_place(WIDE)),
             "compare": ipw.SelectMultiple(options=methods, rows=5, description="compare with", **_place(WIDE, "90px")),
@@ -180,9 +213,7 @@ class Explorer:
         return [(f"{weight:g}" if weight else "0 (KD)", weight) for weight in self._state.lambdas]
 
     def _radii(self) -> list[tuple[str, float]]:
-        """The values of the ε slider: steps of 1/255 if the parameters write ε as a fraction, otherwise of 0.005."""
-        steps = [n / 255 for n in range(33)] if "/" in self.params.radius else [n / 200 for n in range(61)]
-        return [(radius_text(radius), radius) for radius in sorted({*steps, self.params.epsilon, self._state.epsilon})]
+        return [(radius_text(radius), radius) for radius in sorted({*self._state.radii, self._state.epsilon})]
 
     def _students(self) -> list[str]:
         """The nets for the data set: those for digits, or all others."""
@@ -195,8 +226,8 @@ class Explorer:
         return max(self.params.loops + LOOPS_BEYOND, self._state.loop)
 
     def _take(self, state: State) -> None:
-        """Set the state and the controls; the loop view always shows a self-distillation method."""
-        self._state = replace(state, method=state.chain) if state.view == "loops" else state
+        """Set the state and the controls."""
+        self._state = state
         self._busy = True
         try:
             for name, control in self.controls.items():
@@ -218,10 +249,13 @@ class Explorer:
     def _change_scale(self, scale: str) -> None:
         """Load the parameters of another scale and reset the controls to the new parameters."""
         try:
-            self.params = at_scale(ExploreParams, scale)
-        except ParameterError as error:
-            self._say(str(error), "error")
+            params = at_scale(ExploreParams, scale)
+            load_data(params.dataset)
+        except (ParameterError, DataError) as error:
+            self._take(self._state)  # the control returns to the scale that is shown
+            self._say(f"The scale {scale} cannot be shown: {_one_line(error)}. {self.params.scale} stays.", "error")
             return
+        self.params = params
         self._state = State.start(self.params, view=self._state.view)
         self._busy = True
         try:
@@ -255,7 +289,7 @@ class Explorer:
                 self._offer()
                 return
             self._mark_stale(False)
-            self._text(shown)
+            self._text(shown, details(data))
             self._offer()
         # Collect matplotlib's reference cycles now, after the figure is shown, and not while the next one is drawn.
         gc.collect()
@@ -263,34 +297,42 @@ class Explorer:
     def _arrange(self) -> None:
         """Show the controls of the view, and disable those that the chosen method does not use."""
         state = self._state
-        for name in CONTROLS["epsilon"]:
+        for name in OWN:
             self.controls[name].layout.display = "flex" if name in CONTROLS[state.view] else "none"
         self.controls["compare"].layout.display = "flex" if state.view == "epsilon" else "none"
         chain = state.method in CHAINS or state.view == "loops"
-        self.controls["lambda_iga"].disabled = state.view != "lambda" and state.method != "kdiga"
+        self.controls["lambda_iga"].disabled = state.view not in ("glance", "lambda") and state.method != "kdiga"
         self.controls["loop"].disabled = not chain
         self.controls["dropout"].disabled = not chain
         self.autoattack.disabled = self.params.autoattack_images == 0
-        self.help.value = f"<details><summary>About this view</summary>{html.escape(HELP[state.view])}</details>"
+        terms = "".join(
+            f"<dt><b>{html.escape(term)}</b></dt><dd>{html.escape(GLOSSARY[term])}</dd>" for term in GLOSSARY
+        )
+        self.help.value = (
+            f"<details><summary>About this view</summary>{html.escape(HELP[state.view])}</details>"
+            f"<details><summary>Glossary</summary><dl>{terms}</dl></details>"
+        )
 
     def _show(self, figure: Any, text: str) -> None:
         content = base64.b64encode(image_bytes(figure)).decode()
         width, height = (round(inches * DPI) for inches in SIZE)
         # An image element has an alternative text and does not flicker; an output area does.
         self.picture.value = (
-            f'<img src="data:image/png;base64,{content}" alt="{html.escape(text)}" width="{width}" height="{height}" '
-            f'style="max-width: 100%; height: auto; aspect-ratio: {width} / {height}">'
+            f'<img src="data:image/png;base64,{content}" alt="{html.escape(text)}" '
+            f'style="aspect-ratio: {width} / {height}">'
         )
 
-    def _text(self, text: str) -> None:
-        self.text.value = f'<div role="status" class="kdiga-text">{html.escape(text)}</div>'
+    def _text(self, text: str, more: Sequence[str] = ()) -> None:
+        folded = "<br>".join(html.escape(line) for line in more)
+        folded = f"<details><summary>Details</summary>{folded}</details>" if more else ""
+        self.text.value = f'<div role="status" class="kdiga-text">{html.escape(text)}</div>{folded}'
 
     def _mark_stale(self, stale: bool) -> None:
         """Dim a figure that does not match the controls."""
         (self.picture.add_class if stale else self.picture.remove_class)("kdiga-stale")
 
-    def _say(self, text: str, kind: str = "info") -> None:
-        self.status.value = f'<div role="status" class="kdiga-status kdiga-{kind}">{html.escape(text)}</div>'
+    def _say(self, text: str, kind: str = "info", link: str = "") -> None:
+        self.status.value = f'<div role="status" class="kdiga-status kdiga-{kind}">{html.escape(text)} {link}</div>'
 
     # ---- training ----
 
@@ -299,6 +341,9 @@ class Explorer:
         if is_empty(self._state):
             points = [Point("st"), Point("kd"), Point("kdiga", self.params.lambda_iga)]
             return [job for point in points for job in self._jobs(self._state.row(point))]
+        if self._state.view == "glance":
+            sources = [self._state.row(point).runs[0] for point in glance_points(self._state)]
+            return [Job(source) for source in (*sources, reference_teacher(self._state.here)[0])]
         # All views but the λ view compare the net with the reference teacher.
         teachers = [] if self._state.view == "lambda" else [Job(reference_teacher(self._state.here)[0])]
         return [*teachers, *self._jobs(self._state.row())]
@@ -325,7 +370,7 @@ class Explorer:
             self.train_button.description = "Train the smallest set"
             self._say(
                 f"The store has no nets of the scale {params.scale} for {state.student}, seed {state.seed}. "
-                f"`kdiga reproduce --scale {params.scale} --only explore` trains all nets of this page; "
+                f"`{self._command()}` trains all nets of this page; "
                 "the button trains ST, KD and one KDIGA net."
             )
         elif damaged:
@@ -337,6 +382,14 @@ class Explorer:
         else:
             self._say("Read from the run store.")
 
+    def _command(self) -> str:
+        """The command that trains the nets of the page for the chosen student and seed."""
+        command = f"kdiga reproduce --scale {self.params.scale} --only explore"
+        own = at_scale(ExploreParams, self.params.scale)
+        if self._state.student != own.student:
+            command += f" --set student={self._state.student}"
+        return command if self._state.seed in own.seeds else f"{command} --set seeds=[{self._state.seed}]"
+
     def train(self) -> None:
         """Train and measure in another process; the page stays responsive."""
         if self.training is not None:
@@ -347,6 +400,7 @@ class Explorer:
             self._say(str(error), "error")
             return
         self.training = Training(self.wanted(), self.params.device)
+        self._trained = self._state
         self.train_button.disabled, self.cancel_button.disabled = True, False
         self.bar.layout.visibility = "visible"
         self._report(self.training.progress)
@@ -356,6 +410,10 @@ class Explorer:
         """End the training; the store keeps all finished epochs and measurements."""
         if self.training is not None:
             self.training.cancel()
+
+    def _name(self, state: State) -> str:
+        """The point that a state selects, in words."""
+        return f"{state.row().label}, seed {state.seed}"
 
     def _watch(self, training: Training) -> None:
         pause = threading.Event()
@@ -369,18 +427,21 @@ class Explorer:
             self.cancel_button.disabled = True
             self.bar.layout.visibility = "hidden"
             self.refresh()
+            what = self._name(self._trained)
             if training.cancelled:
-                self._say(f"Cancelled. {done.done} of {done.total} steps are kept; the button continues from there.")
+                here = self._state.row().runs == self._trained.row().runs
+                then = "the button continues from there" if here else "choose that point again to continue"
+                self._say(f"Cancelled: {what} keeps {done.done} of {done.total} steps; {then}.")
             elif failures:
-                self._say(f"Training failed: {'; '.join(failures)}", "error")
+                self._say(f"Training of {what} failed: {'; '.join(failures)}", "error")
             else:
-                self._say(f"Trained and measured in {done.seconds:.0f} s; the result is in the run store.")
+                self._say(f"Trained and measured {what} in {done.seconds:.0f} s; the result is in the run store.")
 
     def _report(self, progress: TrainingProgress) -> None:
         self.bar.max, self.bar.value = max(progress.total, 1), progress.done
         left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
         steps = f"{progress.done} of {progress.total} epochs and measurements"
-        self._say(f"Training: {steps}, {progress.seconds:.0f} s so far{left}.")
+        self._say(f"Training {self._name(self._trained)}: {steps}, {progress.seconds:.0f} s so far{left}.")
 
     # ---- export ----
 
@@ -393,7 +454,7 @@ class Explorer:
         try:
             home.mkdir(parents=True, exist_ok=True)
             if kind == "yaml":
-                path = home / "explore.yaml"
+                path = _unused(home / "explore.yaml")
                 chosen, own = (
                     self._state.parameters().model_dump(),
                     at_scale(ExploreParams, self.params.scale).model_dump(),
@@ -403,20 +464,30 @@ class Explorer:
                 path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
             else:
                 assert self.data is not None
-                path = home / f"{self.data.state.view}.{kind}"
+                path = _unused(home / f"{self.data.state.view}.{kind}")
                 path.write_bytes(image_bytes(draw(self.data), kind))
         except OSError as error:
             self._say(f"{home} cannot be written: {error.strerror or error}", "error")
             return
         shown = path.relative_to(paths.ROOT) if path.is_relative_to(paths.ROOT) else path
         repeat = f"; papermill notebooks/explore.ipynb out.ipynb -f {shown} repeats this view" if kind == "yaml" else ""
-        self._say(f"Written to {shown}{repeat}.")
+        content = base64.b64encode(path.read_bytes()).decode()
+        link = (
+            f'<a download="{path.name}" href="data:application/octet-stream;base64,{content}">Download {path.name}</a>'
+        )
+        self._say(f"Written to {shown}{repeat}.", link=link)
 
 
 def _with_teachers(jobs: list[Job]) -> list[Run]:
     """The runs of the jobs, and their teachers."""
     trained = [run for run in {job.run for job in jobs} if isinstance(run, Run)]
     return [*trained, *(run.teacher for run in trained if isinstance(run.teacher, Run))]
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of name-2, name-3, … that does not exist."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def _place(width: str, description: str = "70px") -> dict[str, Any]:

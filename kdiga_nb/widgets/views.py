@@ -6,7 +6,7 @@ few images, gradient maps, the terms of Proposition 2 and loss surfaces are comp
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kdiga_nb import runs
 from kdiga_nb.artifacts.explore import CHAINS, Point, explored, reference_teacher
 from kdiga_nb.artifacts.table import Row
-from kdiga_nb.attacks.gradient import evaluation_pgd
-from kdiga_nb.data import load_data
+from kdiga_nb.attacks.gradient import ball, evaluation_pgd
+from kdiga_nb.data import CLASS_NAMES, load_data
 from kdiga_nb.losses import input_gradient
 from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound, loss_surface
 from kdiga_nb.numerics.folding import folded_copy
@@ -47,6 +47,7 @@ class State:
         student: the architecture of the net.
         image: index of a test image.
         epsilon: radius of the attack computed in the view, in pixels of [0, 1].
+        chain: the self-distillation of the loop view; the other views keep ``method``.
         compare: methods whose curves are drawn for comparison.
     """
 
@@ -60,7 +61,8 @@ class State:
     epsilon: float = 0.1
     loop: int = 1
     dropout: bool = True
-    compare: tuple[str, ...] = ("st", "kd", "kdiga", "trades_student", "isd_wot")
+    chain: str = "isd_wot"
+    compare: tuple[str, ...] = ()
 
     @classmethod
     def start(cls, params: ExploreParams, **changes: Any) -> "State":
@@ -75,21 +77,24 @@ class State:
             "epsilon": params.epsilon if params.show_epsilon is None else params.show_epsilon,
             "loop": params.show_loop,
             "dropout": params.show_dropout,
+            "compare": tuple(params.show_compare),
         }
-        return cls(params, **(shown | changes))
+        state = cls(params, **(shown | changes))
+        return replace(state, chain=state.method) if "chain" not in changes and state.method in CHAINS else state
 
     def parameters(self) -> ExploreParams:
         """The parameters that reproduce this state."""
         shown = {
             "show_view": self.view,
             "student": self.student,
-            "show_method": self.method,
+            "show_method": self.chain if self.view == "loops" else self.method,
             "show_seed": self.seed,
             "show_image": self.image,
             "show_lambda_iga": self.lambda_iga,
             "show_epsilon": self.epsilon,
             "show_loop": self.loop,
             "show_dropout": self.dropout,
+            "show_compare": list(self.compare),
         }
         return self.params.model_copy(update=shown)
 
@@ -100,20 +105,26 @@ class State:
 
     @property
     def point(self) -> Point:
-        """The chosen net: always KDIGA in the λ view, always a loop of self-distillation in the loop view."""
-        if self.view == "lambda":
+        """The chosen net: always KDIGA in the first two views, always a loop of self-distillation in the loop view."""
+        if self.view in ("lambda", "glance"):
             return Point("kdiga", self.lambda_iga)
         method = self.chain if self.view == "loops" else self.method
         return Point(method, self.lambda_iga, self.loop, self.dropout)
 
-    @property
-    def chain(self) -> str:
-        """The self-distillation shown in the loop view."""
-        return self.method if self.method in CHAINS else "isd_wot"
+    def class_name(self, label: int) -> str:
+        """The name of a class, where the data set has names; otherwise its number."""
+        names = CLASS_NAMES.get(self.params.dataset)
+        return names[label] if names else str(label)
 
     def row(self, point: Point | None = None) -> Row:
         """The row of a point (default: the chosen one) at the chosen student and seed."""
         return explored(self.here, point or self.point)
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """The values of the ε slider: steps of 1/255 if the parameters write ε as a fraction, otherwise of 0.005."""
+        steps = [n / 255 for n in range(33)] if "/" in self.params.radius else [n / 200 for n in range(61)]
+        return tuple(sorted({*steps, self.params.epsilon}))
 
     @property
     def lambdas(self) -> tuple[float, ...]:
@@ -125,6 +136,7 @@ class State:
 class NetView:
     """The stored results of one net: accuracies by metric (``clean``, ``pgd20``, ``autoattack``, ``pgd20@0.05``)."""
 
+    row: str
     label: str
     run: Run
     trained: bool
@@ -146,7 +158,7 @@ def net(row: Row, point: Point) -> NetView:
             accuracies[cell.metric] = Accuracy(*(result[key] for key in ("percent", "low", "high", "n")))
         else:
             llm = (float(result["llm"]), float(result["standard_error"]))
-    return NetView(row.label, row.runs[0], runs.is_finished(row.runs[0]), accuracies, point, llm)
+    return NetView(row.id, row.label, row.runs[0], runs.is_finished(row.runs[0]), accuracies, point, llm)
 
 
 # ---- the views' data ----
@@ -161,6 +173,38 @@ class TradeOff:
     chosen: NetView
     curves: dict[str, list[float]]
     weights: tuple[float, float]  # nominal and effective λ_IGA
+
+
+@dataclass(frozen=True)
+class Facet:
+    """One net's answer to one image.
+
+    Attributes:
+        name: the column's heading; ``row`` chooses its colour.
+        gradient: input gradient (H, W), mean over the channels; ``norm`` is its ℓ2 norm over all pixels.
+        smallest: the smallest radius of ``State.radii`` at which the attack fools the net; None: none of them.
+        attacked: the image (H, W) or (H, W, 3) attacked on this net at the chosen radius.
+        beliefs: probabilities (2, N): clean, attacked.
+    """
+
+    name: str
+    row: str
+    gradient: Array
+    norm: float
+    smallest: float | None
+    attacked: Array
+    beliefs: Array
+
+
+@dataclass(frozen=True)
+class Glance:
+    """The first view: one image seen by every net; None for a net that is not in the store."""
+
+    state: State
+    chosen: NetView
+    image: Array
+    label: int
+    facets: dict[str, Facet | None] = field(hash=False)  # by heading
 
 
 @dataclass(frozen=True)
@@ -235,7 +279,7 @@ class OneImage:
     surfaces: tuple[Surface, Surface] | None = None
 
 
-ViewData = TradeOff | UnderAttack | Loops | OneImage
+ViewData = Glance | TradeOff | UnderAttack | Loops | OneImage
 
 
 def compute(state: State) -> ViewData:
@@ -246,6 +290,64 @@ def compute(state: State) -> ViewData:
     """
     with computing(single_thread=load_data(state.params.dataset).single_thread):
         return _COMPUTE[state.view](state)
+
+
+GLANCE = ("st", "kd", "kdiga", "penalty")  # the columns of the first view; the last is the teacher
+
+
+def glance_points(state: State) -> list[Point]:
+    """The nets of the first view, besides the teacher."""
+    return [Point(method, state.lambda_iga if method == "kdiga" else 0.0) for method in GLANCE]
+
+
+def _glance(state: State) -> Glance:
+    shape = load_data(state.params.dataset).image_shape
+    rows = [state.row(point) for point in glance_points(state)]
+    sources: dict[str, tuple[str, runs.Source]] = {row.label: (row.id, row.runs[0]) for row in rows}
+    sources["TRADES teacher"] = ("trades_teacher", reference_teacher(state.here)[0])
+    x, y = _images(state, 1)
+    facets = {}
+    for name, (row, source) in sources.items():
+        model = _stored_net(source, shape)
+        facets[name] = None if model is None else _facet(state, name, row, model, x, y)
+    return Glance(state, net(state.row(), state.point), _pixels(x)[0], int(y), facets)
+
+
+def _facet(state: State, name: str, row: str, model: nn.Module, x: Tensor, y: Tensor) -> Facet:
+    gradient, clean = input_gradient(model, x, y)
+    attacked = attack_at(model, x, y, (state.epsilon,), state.params.pgd_steps)[-1]
+    with torch.no_grad():
+        beliefs = torch.cat([clean, model(attacked)]).softmax(1)
+    smallest = _smallest_radius(model, state.params.dataset, state.image, state.radii, state.params.pgd_steps)
+    map_, norm = gradient[0].mean(0).numpy(), gradient.norm().item()
+    return Facet(name, row, map_, norm, smallest, _pixels(attacked)[0], beliefs.numpy())
+
+
+@lru_cache(maxsize=4096)
+def _smallest_radius(model: nn.Module, dataset: str, image: int, radii: tuple[float, ...], steps: int) -> float | None:
+    """The smallest of the radii at which the attack fools the net on a test image; None: at none of them."""
+    test = load_data(dataset).test
+    x, y = test.images[image : image + 1], test.labels[image : image + 1]
+    with torch.no_grad():
+        wrong = model(attack_at(model, x, y, radii, steps)[-1]).argmax(1) != y
+    return radii[int(wrong.int().argmax())] if wrong.any() else None
+
+
+def attack_at(model: nn.Module, x: Tensor, y: Tensor, radii: Sequence[float], steps: int) -> list[Tensor]:
+    """PGD on one image (1, C, H, W) at every radius at once: images (R, C, H, W) after each step, the start first.
+
+    The same attack as ``evaluation_pgd``, from one random start that all radii scale.
+    """
+    size = (-1, 1, 1, 1)
+    epsilon = torch.tensor(radii, dtype=torch.float64).view(size)
+    lower, upper = ball(x.expand(len(radii), -1, -1, -1), epsilon)
+    length = (2 * epsilon / steps).to(x.dtype)
+    noise = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator().manual_seed(EVALUATION_SEED))
+    images = [(x + epsilon.to(x.dtype) * noise).clamp(lower, upper)]
+    for _ in range(steps):
+        gradient, _ = input_gradient(model, images[-1], y.expand(len(radii)))
+        images.append((images[-1] + length * gradient.sign()).clamp(lower, upper))
+    return images
 
 
 def _trade_off(state: State) -> TradeOff:
@@ -390,6 +492,7 @@ def _surfaces(state: State, models: Sequence[nn.Module], x: Tensor, y: Tensor) -
 
 
 _COMPUTE: dict[str, Callable[[State], ViewData]] = {
+    "glance": _glance,
     "lambda": _trade_off,
     "epsilon": _under_attack,
     "loops": _loops,
@@ -417,48 +520,115 @@ def is_empty(state: State) -> bool:
 
 
 def words(data: ViewData) -> str:
-    """The values of the controls and the results, as one line of plain text."""
+    """The chosen net and its results, as one line of plain text; every number names the radius it was measured at."""
     state, chosen = data.state, data.chosen
+    parts = [f"{chosen.label}, seed {state.seed}"]
     match data:
+        case Glance():
+            parts[0] = f"image {state.image}, a {state.class_name(data.label)}, attacked on each net at {_at(state)}"
+            parts += _facet_words(data)
         case TradeOff():
-            where = f"λ_IGA = {state.lambda_iga:g}"
-            results = "nominal {:g}, effective {:.2g}; ".format(*data.weights) + _accuracies(chosen)
+            parts += _accuracies(chosen, state)
         case UnderAttack():
-            where = f"ε = {radius_text(state.epsilon)}"
-            results = _accuracies(chosen) + _gallery_words(data)
+            parts += [*_accuracies(chosen, state), *_here(chosen, state), *_gallery_words(data)]
         case Loops():
-            where = f"loop {state.loop}, image {state.image}"
-            llm = "" if chosen.llm is None else f"; LLM {chosen.llm[0]:.3f} ± {1.96 * chosen.llm[1]:.3f} nats"
-            results = _accuracies(chosen) + llm + _map_words(data.maps)
+            parts += [*_accuracies(chosen, state), *_map_words(data)]
         case OneImage():
-            where = f"ε = {radius_text(state.epsilon)}, image {state.image}"
-            sides = f"measured gap {data.gap:.3f}, bound {sum(data.terms.values()):.3f} nats"
-            results = f"label {data.label}; {sides}" if data.terms else "the teacher is not in the store"
+            sides = f"at {_at(state)} the losses of student and teacher differ by up to {data.gap:.3f}"
+            allowed = f"{sides} nats; Proposition 2 allows {sum(data.terms.values()):.3f}"
+            parts += [f"image {state.image}, label {data.label}", allowed] if data.terms else [NO_TEACHER]
+    return " · ".join(parts) if chosen.trained or isinstance(data, Glance) else missing(state)
+
+
+NO_TEACHER = "the teacher is not in the store"
+
+
+def details(data: ViewData) -> list[str]:
+    """The net, its run and the 95 % intervals, one per line."""
+    state, chosen = data.state, data.chosen
+    lines = [f"net {state.student}, scale {state.params.scale}, run {run_key(chosen.run)}"]
     if not chosen.trained:
-        return f"{where}: {missing(state)}"
-    return f"{where}: {chosen.label}, {state.student}, seed {state.seed}: {results}. Run {run_key(chosen.run)}."
+        return lines
+    for name, value in chosen.accuracies.items():
+        lines.append(
+            f"{_metric(name, state)}: {value.percent:.1f} % [{value.low:.1f}, {value.high:.1f}], n = {value.n}"
+        )
+    if chosen.llm is not None:
+        radius = state.params.radius
+        lines.append(f"LLM at ε = {radius}: {chosen.llm[0]:.3f} ± {1.96 * chosen.llm[1]:.3f} nats")
+    if isinstance(data, TradeOff):
+        lines.append("weight λ_IGA: nominal {:g}, effective {:.2g}".format(*data.weights))
+    return lines
 
 
-def _accuracies(net: NetView) -> str:
-    texts = [f"{metric_name(name)} {_percent(value)}" for name, value in net.accuracies.items() if "@" not in name]
-    return ", ".join(texts) or "not measured yet"
+def _metric(name: str, state: State) -> str:
+    """A metric with the radius that it was measured at."""
+    if name == "clean" or "@" in name:
+        return metric_name(name).replace(", ε", " at ε")
+    return f"{metric_name(name)} at ε = {state.params.radius}"
 
 
-def _percent(value: Accuracy) -> str:
-    return f"{value.percent:.1f} % [{value.low:.1f}, {value.high:.1f}]"
+def _at(state: State) -> str:
+    return f"ε = {radius_text(state.epsilon)}"
 
 
-def _gallery_words(data: UnderAttack) -> str:
+def _facet_words(data: Glance) -> list[str]:
+    """What each net answers after the attack."""
+    words = []
+    for name, facet in data.facets.items():
+        if facet is None:
+            words.append(f"{name} is not in the store")
+            continue
+        guess = int(facet.beliefs[1].argmax())
+        verdict = "right" if guess == data.label else f"says {data.state.class_name(guess)}"
+        words.append(f"{name} {verdict} ({100 * facet.beliefs[1, guess]:.0f} %)")
+    return words
+
+
+def _accuracies(net: NetView, state: State) -> list[str]:
+    known = {name: value for name, value in net.accuracies.items() if "@" not in name}
+    joined = [
+        f"{_metric(name, state)}{':' if name != 'clean' else ''} {value.percent:.1f} %" for name, value in known.items()
+    ]
+    return joined or ["not measured yet"]
+
+
+def curve(net: NetView, state: State) -> list[tuple[float, Accuracy]]:
+    """Accuracy under the evaluation PGD against ε, at the radii that were measured; clean accuracy at 0."""
+    pgd = f"pgd{state.params.pgd_steps}"
+    radii = {"clean": 0.0, pgd: state.params.epsilon}
+    radii |= {name: float(name.partition("@")[2]) for name in net.accuracies if name.startswith(f"{pgd}@")}
+    return sorted((radii[name], value) for name, value in net.accuracies.items() if name in radii)
+
+
+def _here(net: NetView, state: State) -> list[str]:
+    """Accuracy at the chosen radius, interpolated between the two measured radii around it."""
+    points = curve(net, state)
+    radii = [radius for radius, _ in points]
+    if not radii or not radii[0] <= state.epsilon <= radii[-1] or state.epsilon in radii:
+        return []
+    percent = np.interp(state.epsilon, radii, [value.percent for _, value in points])
+    return [f"at {_at(state)} about {percent:.0f} % (interpolated)"]
+
+
+def _gallery_words(data: UnderAttack) -> list[str]:
     if data.gallery is None:
-        return ""
+        return []
     gallery = data.gallery
     correct = sum(guess == label for guess, label in zip(gallery.guesses_attacked, gallery.labels, strict=True))
     before, after = gallery.student[:, gallery.labels[0]]
-    shown = f"; of the {len(gallery.labels)} images shown, {correct} are still classified correctly"
-    return f"{shown}; image {data.state.image}: P(label {gallery.labels[0]}) {before:.2f} → {after:.2f}"
+    name = data.state.class_name(gallery.labels[0])
+    return [
+        f"attacked now at {_at(data.state)}: {correct} of {len(gallery.labels)} images still right",
+        f"image {data.state.image}: P({name}) {before:.2f} → {after:.2f}",
+    ]
 
 
-def _map_words(maps: GradientMaps | None) -> str:
+def _map_words(data: Loops) -> list[str]:
+    maps = data.maps
     if maps is None:
-        return ""
-    return f"; cosine with {maps.teacher_name} {maps.cosine:.3f}, mean over {maps.images} images {maps.mean_cosine:.3f}"
+        return []
+    cosine = (
+        f"{maps.cosine:.2f} at image {data.state.image}, {maps.mean_cosine:.2f} on average over {maps.images} images"
+    )
+    return [f"cosine of its input gradient with that of {maps.teacher_name}: {cosine}"]

@@ -629,6 +629,35 @@ def test_autoattack_leaves_the_process_as_it_was(fragile: tuple[nn.Module, Split
     assert generators() == world
 
 
+class Precise(nn.Module):
+    """A net that notes the precision of matrix products at each call with a batch."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.seen = net, set[str]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            self.seen.add(torch.get_float32_matmul_precision())
+        return self.net(x)
+
+
+def test_autoattack_searches_in_full_precision(fragile: tuple[nn.Module, Split]) -> None:
+    net, (x, y) = fragile
+    seen: dict[str, set[str]] = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for name, attack in {"autoattack": AutoAttack(0.1, "apgd"), "pgd": PGD(0.1, 0.1, 2)}.items():
+            noting = Precise(net).eval()
+            attack(noting, x, y)
+            seen[name] = noting.seen
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert "high" in seen["pgd"] and seen["autoattack"] == {"highest"}
+
+
 def test_autoattack_counts_wrong_images_as_not_robust_and_leaves_them(fragile: tuple[nn.Module, Split]) -> None:
     net, (x, y) = fragile
     wrong = (y + 1) % 5

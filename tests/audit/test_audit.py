@@ -15,6 +15,7 @@ from kdiga_nb.attacks.autoattack import AutoAttack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.attacks.losses import LOSSES, LossPGD, dlr, margin
 from kdiga_nb.attacks.rays import RayS
+from kdiga_nb.audit import measures
 from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, Transfer, plan, preconditions
 from kdiga_nb.audit.verdict import MASKING, WEAKNESS, verdict
 from kdiga_nb.data import Data, Split
@@ -269,6 +270,18 @@ def test_images_of_the_net_itself_transfer_fully(trained: nn.Module, robust: nn.
     assert Transfer(attack, 50)(trained, digits, reference=robust)["percent"] > own["percent"]
     with pytest.raises(ValueError, match="needs a reference"):
         Transfer(attack, 50)(trained, digits)
+
+
+def test_gradients_in_batches_are_the_gradients_at_once(
+    trained: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Gradients(EPSILON, 40, steps=(0, 1, 10), grid=5)
+    at_once = measure(trained, digits, reference=trained)
+    monkeypatch.setattr(measures, "BATCH", 7)
+    in_parts = measure(trained, digits, reference=trained)
+    assert at_once.keys() == in_parts.keys()
+    for name, value in at_once.items():
+        torch.testing.assert_close(torch.tensor(in_parts[name]), torch.tensor(value), rtol=1e-5, atol=1e-6)
 
 
 def test_what_gradients_measures(trained: nn.Module, robust: nn.Module, digits: Data) -> None:

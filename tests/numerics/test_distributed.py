@@ -96,6 +96,24 @@ def mobilenet_step() -> dict[str, torch.Tensor]:
     return student.state_dict()
 
 
+def all_reduces_of_batch_norm() -> dict[str, Any]:
+    """How many all-reduces a forward pass makes, and its error where the mean is large beside the deviation."""
+    calls, original = [], dist.all_reduce
+
+    def counted(tensor: torch.Tensor) -> None:
+        calls.append(tensor.shape)
+        original(tensor)
+
+    x = 100 + torch.randn(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    mine = x[:4] if distributed.rank() == 0 else x[4:]
+    distributed.dist.all_reduce = counted
+    y = distributed.SynchronisedBatchNorm2d(3)(mine)
+    distributed.dist.all_reduce = original
+    whole = nn.BatchNorm2d(3).double()(x.double())
+    expected = whole[:4] if distributed.rank() == 0 else whole[4:]
+    return {"calls": len(calls), "error": (y - expected).abs().max().item()}
+
+
 def twice_differentiated_sum(x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The sum s of x over the processes; s², whose gradient is 2s a process; and the square of that, again."""
     total = distributed.summed(x)
@@ -123,6 +141,7 @@ def one_process(rank: int, folder: Path, student: nn.Module, teacher: nn.Module,
         "decided": distributed.broadcast_from_rank0(lambda: f"by {rank}"),
         "trained": {norm: trained_with_batch_norm(norm, nets(), images) for norm in NORMS},
         "mobilenet": mobilenet_step(),
+        "batch norm": all_reduces_of_batch_norm(),
     }
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
@@ -184,6 +203,12 @@ def test_a_sum_over_processes_can_be_differentiated_twice(two_processes: list[di
         torch.testing.assert_close(found["sum"]["total"], total)
         torch.testing.assert_close(found["sum"]["first"], 2 * PROCESSES * total)
         torch.testing.assert_close(found["sum"]["second"], 8 * PROCESSES**3 * total)
+
+
+def test_batch_norm_takes_one_all_reduce_and_does_not_cancel(two_processes: list[dict[str, Any]]) -> None:
+    for found in two_processes:
+        assert found["batch norm"]["calls"] == 1
+        assert found["batch norm"]["error"] < 1e-4
 
 
 def test_the_first_process_decides(two_processes: list[dict[str, Any]]) -> None:

@@ -233,6 +233,29 @@ def test_in_channels_last_order_no_kernel_is_given_two_orders():
     assert all(len(order) == 1 for order in orders)
 
 
+class Backwards(TorchDispatchMode):
+    """Whether each tensor given to a convolution's backward pass is contiguous in channels-last order."""
+
+    def __init__(self):
+        super().__init__()
+        self.orders: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.orders.append([one.is_contiguous(memory_format=torch.channels_last) for one in args[:3]])
+        return func(*args, **(kwargs or {}))
+
+
+def test_off_the_cpu_a_convolution_is_given_one_memory_layout():
+    shapes = [(2, 3, 5, 5), (4, 3, 3, 3), (2, 4, 5, 5)]
+    x, weight, gradient = (torch.empty(one, device="meta", memory_format=torch.channels_last) for one in shapes)
+    at = operators._Geometry((1, 1), (1, 1), (1, 1), 1)
+    with Backwards() as seen:
+        operators._InputGradient.apply(gradient, weight, x.shape, at)
+        operators._WeightGradient.apply(x, gradient, weight.shape, at)
+    assert seen.orders == [[True, True, True]] * 2
+
+
 def test_small_tensors_take_torchs_path(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     module = use_operators(nn.Conv2d(1, 2, 3))

@@ -1,44 +1,27 @@
-"""A user's own tables compared with the published ones, and what the published tables say of the audit."""
+"""How two values are compared, and what the published tables say of the ledger of claims and of the pages."""
 
+import json
 import math
-import shutil
-from pathlib import Path
+import re
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import norm, ttest_ind
 
 from kdiga_nb import paths
+from kdiga_nb.artifacts import EVERY
+from kdiga_nb.artifacts.claims import RULES, ledger
 from kdiga_nb.audit.verdict import TELLING
-from kdiga_nb.cli import _print_summary
-from kdiga_nb.notebooks import Summary
-from kdiga_nb.report.numbers import COLUMNS
-from kdiga_nb.report.published import agrees, compare, summary
-from kdiga_nb.runs.graph import Outcome
+from kdiga_nb.metrics import proportion
+from kdiga_nb.notebooks import load
+from kdiga_nb.report.numbers import interval
+from kdiga_nb.report.published import AGREES, agrees, difference_test
+from kdiga_nb.report.verdicts import Verdicts
+from kdiga_nb.report.verify import verify
 
 NAN = math.nan
 SCALES = ["digits", "cifar10_cpu"]
-
-
-@pytest.fixture(autouse=True)
-def own_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
-    return tmp_path / "figures"
-
-
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A kit that publishes nothing yet."""
-    monkeypatch.setattr(paths, "ROOT", tmp_path)
-    return tmp_path
-
-
-def write(path: Path, *lines: tuple[str, str, float, float, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"row": row, "label": row.upper(), "metric": metric, "value": value, "low": low, "high": high}
-        for row, metric, value, low, high in lines
-    ]
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
 
 
 @pytest.mark.parametrize(
@@ -59,66 +42,68 @@ def test_a_value_agrees_inside_the_interval_or_to_two_digits(values: tuple[float
     assert agrees(*values) is holds
 
 
-def test_values_are_matched_by_artefact_row_and_metric(elsewhere: Path, own_figures: Path) -> None:
-    write(
-        elsewhere / "published" / "smoke" / "table1.csv",
-        ("st", "clean", 90, 85, 95),
-        ("st", "pgd20", 10, 5, 15),
-        ("kd", "clean", 80, 75, 85),
-        ("kd", "pgd20", NAN, NAN, NAN),
-        ("kd", "lambda_iga", 3, NAN, NAN),
-        ("kd", "training_seconds", 1, 0.9, 1.1),
-        ("ard", "clean", 70, 65, 75),
+def entry(**numbers: float) -> dict[str, float]:
+    return {"n": 0, "n_own": 0, "seeds": 3, "seeds_own": 3} | numbers
+
+
+def test_the_test_of_two_means_over_seeds_is_welchs() -> None:
+    draw = np.random.default_rng(0)
+    a, b = draw.normal(1.0, 0.1, 3), draw.normal(1.3, 0.4, 5)
+    (value, low, high), (own, low_own, high_own) = interval(list(a)), interval(list(b))
+    p = difference_test(
+        entry(value=value, low=low, high=high, value_own=own, low_own=low_own, high_own=high_own, seeds_own=5), False
     )
-    write(elsewhere / "published" / "smoke" / "table2.csv", ("st", "clean", 10, 5, 15))
-    write(
-        own_figures / "smoke" / "table1.csv",
-        ("kd", "clean", 86, 80, 90),
-        ("kd", "pgd20", 10, 5, 15),
-        ("kd", "lambda_iga", 3, NAN, NAN),
-        ("kd", "training_seconds", 100, 99, 101),
-        ("st", "clean", 91, 85, 95),
-        ("st", "pgd20", NAN, NAN, NAN),
-        ("new", "clean", 91, 85, 95),
-    )
-    write(own_figures / "smoke" / "mine.csv", ("st", "clean", 10, 5, 15))
-    table = compare("smoke")
-    assert list(table[["artefact", "row", "metric", "inside"]].itertuples(index=False, name=None)) == [
-        ("table1", "st", "clean", True),
-        ("table1", "kd", "clean", False),
-        ("table1", "kd", "lambda_iga", True),
-    ]
-    assert summary("smoke").splitlines() == [
-        "compared with published/smoke: 2 of 3 values agree",
-        "  differs: table1, kd, clean: 86, published 80 [75, 85]",
-    ]
+    assert p == pytest.approx(ttest_ind(a, b, equal_var=False)[1], rel=1e-6)
 
 
-def test_a_summary_names_a_few_and_counts_the_rest(elsewhere: Path, own_figures: Path) -> None:
-    rows = [f"net{i}" for i in range(9)]
-    write(elsewhere / "published" / "smoke" / "table1.csv", *((row, "bound", 1, NAN, NAN) for row in rows))
-    write(own_figures / "smoke" / "table1.csv", *((row, "bound", 2, NAN, NAN) for row in rows))
-    lines = summary("smoke").splitlines()
-    assert lines[0] == "compared with published/smoke: 0 of 9 values agree"
-    assert lines[1] == "  differs: table1, net0, bound: 2, published 1"
-    assert len(lines) == 7
-    assert lines[-1] == "  and 4 more: kdiga_nb.report.published.compare('smoke') lists them"
+@pytest.mark.parametrize("own", [0.40, 0.45, 0.50])
+def test_the_test_of_two_single_nets_is_that_of_two_proportions(own: float) -> None:
+    n = 2000
+    one, other = (proportion(round(share * n), n) for share in (0.40, own))
+    numbers = {"value": one.percent, "low": one.low, "high": one.high}
+    numbers |= {"value_own": other.percent, "low_own": other.low, "high_own": other.high, "seeds": 1, "seeds_own": 1}
+    p = difference_test(entry(**numbers, n=n, n_own=n), True)
+    z = (own - 0.40) / math.sqrt(0.4 * 0.6 / n + own * (1 - own) / n)
+    assert norm.isf(p / 2) == pytest.approx(z, rel=0.02, abs=1e-9)
 
 
-def test_nothing_published_or_nothing_run_gives_no_summary(elsewhere: Path, own_figures: Path) -> None:
-    write(own_figures / "smoke" / "table1.csv", ("st", "clean", 90, 85, 95))
-    assert compare("smoke").empty and summary("smoke") == ""
-    write(elsewhere / "published" / "digits" / "table1.csv", ("st", "clean", 90, 85, 95))
-    assert compare("digits").empty and summary("digits") == ""
+def test_equal_values_without_any_error_do_not_differ_and_others_do() -> None:
+    alike = {"value": 0.0, "low": 0.0, "high": 0.0, "value_own": 0.0, "low_own": 0.0, "high_own": 0.0}
+    assert difference_test(entry(**alike), False) == 1.0
+    assert difference_test(entry(**alike | {"value_own": 1.0, "low_own": 1.0, "high_own": 1.0}), False) == 0.0
+    assert math.isnan(difference_test(entry(**alike | {"low": NAN}), False))
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_published_results_agree_with_themselves(scale: str, own_figures: Path) -> None:
-    shutil.copytree(paths.published(scale), own_figures / scale)
-    table = compare(scale)
-    assert set(table["artefact"]) == {path.stem for path in paths.published(scale).glob("*.csv")}
-    assert len(table) > 100 and table["inside"].all()
-    assert summary(scale) == f"compared with published/{scale}: {len(table)} of {len(table)} values agree"
+def test_the_published_tables_agree_with_themselves_and_with_the_ledger(scale: str) -> None:
+    result = verify(scale, {name: load(scale, name, {}) for name in EVERY}, own=False)
+    assert len(result.values) > 100 and set(result.values["outcome"]) == {AGREES}
+    assert result.problems == [] and result.reproduced
+    expected = {line.judged.claim.id for line in result.claims if scale in line.judged.claim.expected}
+    assert {line.judged.claim.id for line in result.measured} == expected
+
+
+def test_the_papers_numbers_support_the_papers_claims() -> None:
+    lines = verify("digits", {name: load("digits", name, {}) for name in EVERY}, own=False).claims
+    supported = [line for line in lines if line.paper is not None and line.judged.claim.source != "kit"]
+    assert len(supported) > 15
+    for line in supported:
+        rule = RULES[line.judged.claim.word]
+        assert line.paper is not None and rule.holds(line.paper.value, line.judged.claim.bound), line.judged.claim.id
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_page_has_the_table_of_verdicts(scale: str) -> None:
+    """``kdiga verify --published --scale SCALE --markdown FILE`` writes the table."""
+    result = verify(scale, {name: load(scale, name, {}) for name in EVERY}, own=False)
+    table = Verdicts(result.measured).markdown()
+    assert table in (paths.ROOT / "docs" / "verify.md").read_text(), f"docs/verify.md should hold\n{table}"
+
+
+def test_every_finding_of_the_readme_rests_on_claims_of_the_ledger() -> None:
+    text = (paths.ROOT / "README.md").read_text()
+    found = [" ".join(bold.split()) for bold in re.findall(r"^\d\. \*\*(.*?)\*\*", text, re.MULTILINE | re.DOTALL)]
+    assert found == [finding.sentence for finding in ledger()[1]]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -142,11 +127,17 @@ def test_plain_pgd_overstates_the_published_audit_of_one_net_alone() -> None:
         assert f"{name}: {pgd:.1f} % under PGD-20, {autoattack:.1f} % under AutoAttack" in text
 
 
-@pytest.mark.parametrize("run", [True, False], ids=["digits", "nothing"])
-def test_reproduce_ends_with_the_comparison(run: bool, own_figures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if run:
-        shutil.copytree(paths.published("digits"), own_figures / "digits")
-    _print_summary(Outcome(), Summary([], [], {}), "digits", 1.0)
-    *_, before, last = capsys.readouterr().out.splitlines()
-    assert (last if not run else before).startswith("figures in ")
-    assert not run or last == summary("digits")
+def test_the_pages_name_the_verdicts_of_the_audit() -> None:
+    """README.md and docs/audit.md against the verdicts that the executed notebook prints, one line per net."""
+    notebook = json.loads((paths.NOTEBOOKS / "robustness_audit.ipynb").read_text())
+    outputs = [out for cell in notebook["cells"] for out in cell.get("outputs", [])]
+    printed = "".join(line for out in outputs for line in out.get("text", []))
+    verdicts = dict(re.findall(r"^(.+): plain PGD is .* points above AutoAttack; (\w+):", printed, re.MULTILINE))
+    assert len(verdicts) == 5
+    overstated = [label for label, word in verdicts.items() if word == "overstated"]
+    assert overstated == ["student (ST)"] and sorted(verdicts.values()) == ["overstated"] + 4 * ["sound"]
+    audit, readme = (" ".join((paths.ROOT / page).read_text().split()) for page in ("docs/audit.md", "README.md"))
+    assert "ST: 40.0 % under PGD-20, 31.0 % under AutoAttack (verdict *overstated*" in audit
+    assert "The audit calls the other four nets *sound*" in audit
+    assert "the audit finds no net that hides its gradients" in readme
+    assert not re.search(r"(overstate|overstated)[^.]*\bKD\b", readme)

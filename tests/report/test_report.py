@@ -22,7 +22,7 @@ from kdiga_nb.measures import Bounds, Measure, TestAccuracy
 from kdiga_nb.methods import KDIGA, ST
 from kdiga_nb.metrics import proportion
 from kdiga_nb.params import Params, at_scale
-from kdiga_nb.report.figures import plot_bars, plot_loops, plot_plane
+from kdiga_nb.report.figures import plot_dots, plot_loops, plot_plane
 from kdiga_nb.report.files import ReproductionError, save
 from kdiga_nb.report.numbers import COLUMNS, frame, interval, show
 from kdiga_nb.runs.graph import Job
@@ -256,7 +256,7 @@ def epsilon(table: pd.DataFrame) -> Figure:
 
 PLOTS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure]]] = {
     "plane": ("figure1", lambda table: plot_plane(table, ["pgd3", "autoattack"], "title")),
-    "bars": ("table2", lambda table: plot_bars(table, metrics(table), "title")),
+    "dots": ("table2", lambda table: plot_dots(table, metrics(table), "title")),
     "loops": ("table1", loops),
     "epsilon": ("table6", epsilon),
     "bounds": ("table3", lambda table: report.plot_bounds(table, "title")),
@@ -297,12 +297,12 @@ def test_short_label(label: str, brief: str):
 
 def saved(experiment: Experiment, **more: Figure) -> pd.DataFrame:
     table = frame(experiment)
-    save(experiment, table, plot_bars(table, ["clean"], "title"), **more)
+    save(experiment, table, plot_dots(table, ["clean"], "title"), **more)
     return table
 
 
 def test_save_writes_table_figure_and_provenance(experiment: Experiment, own_figures: Path):
-    table = saved(experiment, second=plot_bars(frame(experiment), ["clean"], "second"))
+    table = saved(experiment, second=plot_dots(frame(experiment), ["clean"], "second"))
     names = {"table0.csv", "table0.json", "table0.png", "table0.svg", "table0_second.png", "table0_second.svg"}
     assert {path.name for path in own_figures.iterdir()} == names
     read_back = pd.read_csv(own_figures / "table0.csv", dtype={"runs": str}).fillna({"runs": ""})

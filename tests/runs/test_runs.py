@@ -742,6 +742,29 @@ class Deadly(Measure):
         return {}
 
 
+def test_workers_of_a_machine_claim_different_gpus(tmp_path: Path):
+    """Three processes and two places: the third shares one; a place is free again when its process ends."""
+    program = "import sys, kdiga_nb.runs.graph as g; from pathlib import Path"
+    program += f"; print(g.claimed_place(2, Path({str(tmp_path)!r})), flush=True); sys.stdin.read()"
+
+    def worker() -> tuple[subprocess.Popen[str], int]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": paths.ROOT}
+        process = subprocess.Popen([sys.executable, "-c", program], **pipes)
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    def end(process: subprocess.Popen[str]) -> None:
+        process.communicate("")
+
+    (first, a), (second, b), (third, c) = worker(), worker(), worker()
+    assert (a, b) == (0, 1) and c in (0, 1)
+    end(first)
+    fourth, d = worker()
+    assert d == 0
+    for process in (second, third, fourth):
+        end(process)
+
+
 def test_a_worker_that_dies_is_a_failed_job():
     load_or_train(TOP)
     outcome = run_all([Job(TOP, Deadly()), *(Job(replace(TOP, seed=seed)) for seed in range(1, 5))], workers=2)

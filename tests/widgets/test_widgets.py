@@ -33,7 +33,7 @@ from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, table,
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
-from kdiga_nb.widgets.views import SURFACE, Loops, OneImage, TradeOff, UnderAttack
+from kdiga_nb.widgets.views import SURFACE, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
 
 each_view = pytest.mark.parametrize("view", VIEWS)
 LONG = {"isd_epochs": 25}  # a loop that is cut short
@@ -246,8 +246,8 @@ def test_a_picture_may_be_saved_at_another_resolution_in_between(small: ExploreP
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=300)
     fine, coarse = (Image.open(io.BytesIO(content)).convert("L") for content in (buffer.getvalue(), before))
-    assert fine.size == (3300, 1410)
-    assert coarse.size == (1100, 470)
+    assert fine.size == (3300, 1620)
+    assert coarse.size == (1100, 540)
     difference = np.asarray(fine.reduce(3), dtype=float) - np.asarray(coarse)
     assert np.abs(difference).mean() < 5  # of 255: the same picture
     assert image_bytes(figure) == before
@@ -284,13 +284,15 @@ def is_stale(explorer: Explorer) -> bool:
 
 
 MOVES: list[tuple[str, str, Any]] = [
+    ("glance", "image", 4),
+    ("glance", "epsilon", 0.2),
     ("lambda", "lambda_iga", 8.0),
     ("epsilon", "epsilon", 0.2),
     ("epsilon", "image", 4),
     ("epsilon", "method", "trades_student"),
     ("epsilon", "compare", ("st",)),
     ("loops", "loop", 2),
-    ("loops", "method", "isd_wit"),
+    ("loops", "chain", "isd_wit"),
     ("loops", "dropout", False),
     ("image", "epsilon", 0.03),
 ]
@@ -348,7 +350,7 @@ def test_what_cannot_be_shown_is_said_and_the_old_picture_marked(small: ExploreP
     assert explorer.picture.value == before
     assert is_stale(explorer)
     assert not explorer.train_button.disabled
-    assert "damaged" in status_of(explorer).lower()
+    assert "Damaged (model.safetensors is missing)" in status_of(explorer)
 
 
 def test_another_scale_is_another_parameter_file(small: ExploreParams, store: Path):
@@ -359,7 +361,82 @@ def test_another_scale_is_another_parameter_file(small: ExploreParams, store: Pa
     assert explorer.controls["seed"].options == (0, 1, 2)
 
 
+def test_a_scale_without_data_leaves_everything_as_it_was(
+    small: ExploreParams, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KDIGA_DATA", str(tmp_path / "no data"))
+    explorer = Explorer(small)
+    before = {name: control.value for name, control in explorer.controls.items()}
+    picture, text, options = explorer.picture.value, text_of(explorer), explorer.controls["student"].options
+    for scale in ("imagenet", "imagenette"):
+        explorer.controls["scale"].value = scale
+        assert f"The scale {scale} cannot be shown" in status_of(explorer)
+        assert {name: control.value for name, control in explorer.controls.items()} == before
+        assert (explorer.picture.value, text_of(explorer)) == (picture, text)
+        assert explorer.controls["student"].options == options
+        assert explorer.train_button.disabled
+
+
+def test_every_accuracy_names_the_radius_it_was_measured_at(small: ExploreParams, store: Path):
+    for epsilon in (0.05, 0.1, 0.3):
+        text = words(compute(State.start(small, view="epsilon", epsilon=epsilon)))
+        assert "PGD-3 at ε = 0.1:" in text
+        assert f"attacked now at ε = {epsilon:g}" in text
+
+
+def test_accuracy_between_measured_radii_is_marked_as_interpolated(small: ExploreParams, store: Path):
+    data = compute(State.start(small, view="epsilon"))
+    points = curve(data.chosen, data.state)
+    (low, before), (high, after) = points[:2]
+    middle = compute(State.start(small, view="epsilon", epsilon=(low + high) / 2))
+    expected = (before.percent + after.percent) / 2
+    assert f"about {expected:.0f} % (interpolated)" in words(middle)
+    assert "interpolated" not in words(data)
+
+
+def test_the_smallest_radius_is_the_first_that_fools(small: ExploreParams, store: Path):
+    data = compute(State.start(small, view="glance", image=3))
+    assert isinstance(data, Glance)
+    x, y = (part[3:4] for part in load_data("digits").test)
+    model = runs.load(data.chosen.run)
+    facet = data.facets[data.chosen.label]
+    assert facet is not None
+    fooled = [
+        radius
+        for radius in data.state.radii
+        if model(attack_at(model, x, y, (radius,), small.pgd_steps)[-1]).argmax(1) != y
+    ]
+    assert facet.smallest == (fooled[0] if fooled else None)
+    gradient, _ = input_gradient(model, x, y)
+    assert facet.norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+    for radius, image in zip((0.0, 0.1), attack_at(model, x, y, (0.0, 0.1), small.pgd_steps)[-1], strict=True):
+        assert (image.double() - x[0].double()).abs().max() <= radius
+        assert image.min() >= 0 and image.max() <= 1
+
+
+def test_the_advice_makes_what_is_shown(small: ExploreParams):
+    explorer = Explorer(small)
+    explorer.controls["student"].value = "digits_wide"
+    assert "kdiga reproduce --scale smoke --only explore --set student=digits_wide" in status_of(explorer)
+    advised = explore(at_scale(ExploreParams, "smoke", {"student": "digits_wide"}))
+    assert {run.model for row in advised.rows for run in row.runs if row.id == "st"} == {"digits_wide"}
+
+
 # ---- export ----
+
+
+def test_saving_overwrites_nothing_and_offers_a_download(
+    small: ExploreParams, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
+    explorer = Explorer(small)
+    explorer.export("png")
+    explorer.controls["lambda_iga"].value = 8.0
+    explorer.export("png")
+    first, second = (tmp_path / "figures" / "smoke" / "explorer" / name for name in ("lambda.png", "lambda-2.png"))
+    assert first.read_bytes() != second.read_bytes()
+    found = re.search(r'download="lambda-2.png" href="data:[^,]*,([^"]+)"', explorer.status.value)
+    assert found and base64.b64decode(found[1]) == second.read_bytes()
 
 
 def test_the_parameter_file_brings_the_reader_back(
@@ -367,7 +444,13 @@ def test_the_parameter_file_brings_the_reader_back(
 ):
     monkeypatch.setenv("KDIGA_FIGURES", str(tmp_path / "figures"))
     explorer = Explorer(small)
-    for name, value in {"view": "epsilon", "epsilon": 0.2, "image": 9, "method": "ard"}.items():
+    for name, value in {
+        "view": "epsilon",
+        "epsilon": 0.2,
+        "image": 9,
+        "method": "ard",
+        "compare": ("st", "ard"),
+    }.items():
         explorer.controls[name].value = value
     explorer.export("yaml")
     path = tmp_path / "figures" / "smoke" / "explorer" / "explore.yaml"
@@ -428,11 +511,12 @@ def test_a_cancelled_training_goes_on_from_its_last_epoch(small: ExploreParams, 
     explorer.train()
     wait_until(lambda: runs.epochs_done(run) > 0)
     explorer.cancel()
-    wait_until(lambda: "Cancelled." in status_of(explorer))
+    wait_until(lambda: "Cancelled:" in status_of(explorer))
     done = runs.epochs_done(run)
     assert 0 < done < 25
     assert not is_finished(run)
     assert f"{done} of 25 epochs are done" in text_of(explorer)
+    assert "ISD-WoT-1, seed 0 keeps" in status_of(explorer) and "the button continues from there" in status_of(explorer)
     training = Training(explorer.wanted(), "cpu")
     assert training.progress.done == done
     assert training.failures() == []
@@ -449,7 +533,7 @@ def test_a_damaged_net_is_set_aside_and_trained_again(small: ExploreParams, stor
     wait_until(lambda: "Trained and measured" in status_of(explorer))
     assert len(list(store.glob(f"{home.name}.damaged-*"))) == 1
     assert not is_stale(explorer)
-    assert "measured gap" in text_of(explorer)
+    assert "the losses of student and teacher differ" in text_of(explorer)
 
 
 def test_a_training_that_fails_says_why(small: ExploreParams, store: Path):
@@ -470,6 +554,8 @@ def test_a_process_that_is_killed_is_told_from_one_that_ended(small: ExplorePara
 def test_the_loop_view_follows_a_chain_whatever_was_chosen(small: ExploreParams, store: Path):
     explorer = Explorer(small)
     explorer.controls["view"].value = "loops"
-    assert explorer.controls["method"].value == explorer.state.method == "isd_wot"
-    explorer.controls["method"].value = "isd_wit"
-    assert explorer.state.chain == "isd_wit"
+    assert explorer.state.point.method == "isd_wot"
+    explorer.controls["chain"].value = "isd_wit"
+    assert explorer.state.point.method == "isd_wit"
+    explorer.controls["view"].value = "epsilon"
+    assert explorer.controls["method"].value == explorer.state.point.method == "kdiga"
