@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library."""
+"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library, with our own Square."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kdiga_nb.attacks.checks import _check_epsilon, check_inputs
 from kdiga_nb.attacks.gradient import ball
+from kdiga_nb.attacks.square import Square
 from kdiga_nb.numerics.batches import in_batches
 from kdiga_nb.numerics.files import content_hash, replace_file
 from kdiga_nb.numerics.scopes import frozen, full_precision, restored_generators
@@ -151,6 +152,9 @@ class AutoAttack:
                 library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
                 # As the library's own "standard" and "rand" set it; its custom version would restart five times.
                 library.apgd.n_restarts = 1
+                if member == "square" and _repeats(model, x):
+                    square: Any = Square(library.get_logits, self.epsilon)
+                    library.square = square
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"
@@ -161,6 +165,12 @@ class AutoAttack:
             logger.propagate = propagate
         lower, upper = ball(x, self.epsilon)
         return adversarial.detach().clamp(lower, upper), flags.messages
+
+
+def _repeats(model: nn.Module, x: Tensor) -> bool:
+    """Whether the net gives the same logits twice; the library's own Square attacks a net that does not."""
+    with torch.no_grad():
+        return torch.equal(model(x), model(x))
 
 
 class _Flags(logging.Handler):
