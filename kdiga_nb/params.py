@@ -178,8 +178,8 @@ class Params(BaseModel):
     clip_norm: Weight = _knob("bound on the gradient's ℓ2 norm; 0: none, as in the authors' code")
     augment: bool = _knob("the data set's augmentation (the authors' code: crop out of 4 pixels' padding, and flip)")
     selection: Annotated[str, _one_of(SELECTIONS)] = _knob(
-        "epoch that is kept: the last, or the best PGD-20 on held-out training images; best_on_test is the paper's way "
-        "and needs preset author_code"
+        "epoch that is kept: the last, or the best on held-out training images by PGD-20 (ST and KD, which have no "
+        "robustness: by clean accuracy); best_on_test is the paper's way and needs preset author_code"
     )
     precision: Annotated[str, _one_of(PRECISIONS)] = _knob(
         "of convolutions and matrix products; losses and the alignment stay in float32", default="float32"

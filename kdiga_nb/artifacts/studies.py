@@ -140,7 +140,10 @@ def _self_distilled(params: IsdAutoAttackParams, method: Method) -> PerSeed:
 
 
 def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
-    """ISD loop by loop under stronger attacks, with and without dropout; controls: one loop without alignment."""
+    """ISD loop by loop under stronger attacks, with and without dropout.
+
+    Controls: one loop without alignment, one with a zero target, and the gradient penalty without a teacher.
+    """
     table = table1_runs(params)
     chosen: dict[str, tuple[str, Nets]] = {"st": ("loop 0: student (ST)", table["st"][1])}
 
@@ -156,6 +159,8 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     kd = method_of(params, KD)
     chosen["self_kd"] = ("loop 1 by KD: dropout, no alignment", _self_distilled(params, kd))
     chosen["self_st"] = ("loop 1 by ST: dropout, no teacher", _self_distilled(params, ST()))
+    for name in ("isd_wot_1_zero", "penalty"):
+        chosen[name] = table[name]
     size = evaluation_pgd(params.epsilon, params.pgd_steps).step_size
     long = TestAccuracy(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
@@ -163,7 +168,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     rows = []
     for name, (label, runs) in chosen.items():
         cells = (
-            *accuracy_cells(params, runs, autoattack=name == "st" or isd_chain(name) is not None),
+            *accuracy_cells(params, runs, autoattack=name in table or isd_chain(name) is not None),
             cell_of("apgd", runs, apgd),
             cell_of(f"pgd{params.long_steps}", runs[: params.autoattack_seeds], long),
             _compared("gradient_norm", runs, gradients, table["st"][1], "norm"),
