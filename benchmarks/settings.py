@@ -1,10 +1,12 @@
 """How the weights of the small scales are chosen: k-fold cross-validation on the training images alone.
 
     python benchmarks/settings.py [--scale digits] [--folds 5] [--first 5] [--weights 0.5 1 1.5 2 3 4]
+    python benchmarks/settings.py --weights --self-weights --igdm-weights 0.3 1 3 10    # IGDM alone
 
 In each fold a TRADES teacher, ST, KD, and at every weight KDIGA, KDIGA with a zero target gradient and the gradient
 penalty without a teacher are trained on the other folds and measured on the one held out: clean and PGD-20 accuracy, as
-Table 1 measures them. ISD-WoT-1 starts from the fold's ST net. No test image is looked at.
+Table 1 measures them. ISD-WoT-1 starts from the fold's ST net; IGDM is trained at weights of its own. No test image is
+looked at.
 
 The rule is the paper's claim turned round: among the weights whose clean accuracy is at most half a point below
 KD's (for self-distillation and the penalty ST's), the one of highest PGD-20 accuracy. (Half a point: on the digits one
@@ -25,14 +27,14 @@ from torch import nn
 from kdiga_nb.artifacts.recipes import method_of, schedule_of, teacher_schedule, training_attack
 from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.data import Data, Split, load_data
-from kdiga_nb.methods import KD, KDIGA, ST, TRADES, GradientPenalty, Method
+from kdiga_nb.methods import IGDM, KD, KDIGA, ST, TRADES, GradientPenalty, Method
 from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import build_model
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.training import Schedule, train
 
 # Kind of candidate -> the net whose clean accuracy the candidate must keep.
-BASES = {"kdiga": "kd", "kdiga_zero": "kd", "penalty": "st", "isd_wot_1": "st"}
+BASES = {"kdiga": "kd", "kdiga_zero": "kd", "penalty": "st", "isd_wot_1": "st", "igdm": "kd"}
 
 
 def folds(data: Data, number: int, seed: int, most: int) -> list[Data]:
@@ -84,7 +86,9 @@ class Fold:
         attack = PGD(epsilon, 2 * epsilon / steps, steps)
         return accuracy(net, *self.data.test).percent, accuracy(net, *self.data.test, attack=attack).percent
 
-    def all(self, weights: list[float], self_weights: list[float]) -> dict[str, tuple[float, float]]:
+    def all(
+        self, weights: list[float], self_weights: list[float], igdm_weights: list[float]
+    ) -> dict[str, tuple[float, float]]:
         """Every candidate by name."""
         params, schedule = self.params, schedule_of(self.params)
         found = {"teacher": self.worth(self.teacher), "st": self.worth(self.standard)}
@@ -95,6 +99,9 @@ class Fold:
             method = method_of(params, KDIGA, lambda_iga=weight, target_gradient="zero")
             found[f"kdiga_zero {weight:g}"] = self.worth(self.trained(method, params.student, schedule, self.teacher))
             found[f"penalty {weight:g}"] = self.worth(self.trained(GradientPenalty(weight), params.student, schedule))
+        for weight in igdm_weights:
+            method = IGDM(training_attack(params), lambda_igdm=weight)
+            found[f"igdm {weight:g}"] = self.worth(self.trained(method, params.student, schedule, self.teacher))
         loop = replace(
             schedule_of(params, params.isd_epochs), learning_rate=params.learning_rate * params.learning_rate_decay
         )
@@ -118,8 +125,9 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--first", type=int, help="use only so many of the folds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--self-weights", type=float, nargs="+", default=[5.0, 10.0, 20.0, 30.0, 60.0])
+    parser.add_argument("--weights", type=float, nargs="*", default=[0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
+    parser.add_argument("--self-weights", type=float, nargs="*", default=[5.0, 10.0, 20.0, 30.0, 60.0])
+    parser.add_argument("--igdm-weights", type=float, nargs="*", default=[0.3, 1.0, 3.0, 10.0])
     arguments = parser.parse_args()
     params = at_scale(Table1Params, arguments.scale)
     found: list[dict[str, tuple[float, float]]] = []
@@ -127,7 +135,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for number, data in enumerate(every[: arguments.first], 1):
         print(f"fold {number} of {arguments.folds}", file=sys.stderr)
-        found.append(Fold(params, data, arguments.seed).all(arguments.weights, arguments.self_weights))
+        found.append(
+            Fold(params, data, arguments.seed).all(arguments.weights, arguments.self_weights, arguments.igdm_weights)
+        )
     mean = {
         name: (sum(f[name][0] for f in found) / len(found), sum(f[name][1] for f in found) / len(found))
         for name in found[0]

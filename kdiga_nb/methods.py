@@ -13,6 +13,7 @@ are fields here, and ``PRESETS`` holds both readings. To add a method, write its
 ``METHODS``: run keys and tests then include the method.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -52,9 +53,11 @@ class Method:
         passes: the cost of one step in forward passes of the student and of the teacher, without the attack's steps. A
             backward pass counts two and the gradient of the pixels alone one; differentiating an input gradient again
             counts the forward pass and the input gradient twice each.
+        attacks_teacher: whether a step of the attack also runs through the teacher.
     """
 
     needs_teacher: ClassVar[bool] = True
+    attacks_teacher: ClassVar[bool] = False
     passes: ClassVar[tuple[int, int]] = (3, 0)
 
     def __post_init__(self) -> None:
@@ -111,6 +114,12 @@ def _distillation(method: Any, logits: Tensor, y: Tensor, student_logits: Tensor
         "cross_entropy": method.lambda_ce * cross_entropy(logits, y).mean(),
         "distillation": method.lambda_kl * mean_kl,
     }
+
+
+def _divergent(attack: SignAscent, student: nn.Module, x: Tensor, target: Callable[[Tensor], Tensor]) -> Tensor:
+    """x' of the ball around x, (B, C, H, W), that ascends KL(f_s(x'), target(x')), with the student in eval mode."""
+    with frozen(student):
+        return attack.perturb(lambda images: distillation_kl(student(images), target(images)), x)
 
 
 def _alignment(method: Any, g_student: Tensor, g_teacher: Tensor) -> Terms:
@@ -241,6 +250,105 @@ class ARD(Method):
 
 
 @dataclass(frozen=True)
+class RSLAD(Method):
+    """Robust soft label distillation (Zi et al., ICCV 2021): λ_clean·KL(f_s(x), f_t(x)) + λ_adv·KL(f_s(x'), f_t(x)).
+
+    x' maximises KL(f_s(x'), f_t(x)). No label is used. The weights 1/6 and 5/6 and T = 1 are the authors'. Their attack
+    starts near x, from Gaussian noise of 0.001; here ``attack`` says where it starts, as for every other method.
+    """
+
+    passes: ClassVar[tuple[int, int]] = (6, 1)
+    attack: SignAscent
+    lambda_clean: float = 1 / 6
+    lambda_adv: float = 5 / 6
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        target = _logits(teacher, x)
+        x_adv = _divergent(self.attack, student, x, lambda _: target)
+        return {
+            "distillation": self.lambda_clean * distillation_kl(student(x), target).mean(),
+            "adversarial": self.lambda_adv * distillation_kl(student(x_adv), target).mean(),
+        }
+
+
+@dataclass(frozen=True)
+class IAD(Method):
+    """Introspective adversarial distillation (IAD-I; Zhu et al., ICLR 2022).
+
+    KL(f_s(x'), f_t(x)) + mean (1 − w)·KL(f_s(x'), f_s(x)) with w = p_t(y | x')^β: where the teacher is wrong at x', the
+    student also learns from itself. x' maximises the student's cross-entropy. β = 0.1, T = 1 and the unweighted first
+    term are those of the authors' code. Their first 60 of 200 epochs have no second term; here it is there from the
+    start, because a method does not know the epoch.
+    """
+
+    passes: ClassVar[tuple[int, int]] = (6, 2)
+    attack: SignAscent
+    beta: float = 0.1
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        target = _logits(teacher, x)
+        x_adv = self.attack.unchecked(student, x, y)
+        trust = _logits(teacher, x_adv).softmax(1).gather(1, y[:, None]).squeeze(1) ** self.beta
+        logits, logits_adv = student(x), student(x_adv)
+        return {
+            "distillation": distillation_kl(logits_adv, target).mean(),
+            "introspection": ((1 - trust) * distillation_kl(logits_adv, logits)).mean(),
+        }
+
+
+@dataclass(frozen=True)
+class AdaAD(Method):
+    """Adaptive adversarial distillation (Huang et al., CVPR 2023).
+
+    λ_clean·KL(f_s(x), f_t(x)) + λ_adv·KL(f_s(x'), f_t(x')). x' maximises KL(f_s(x'), f_t(x')), so the gradient of the
+    attack runs through both nets. λ_adv = 1, λ_clean = 0 and T = 1 are the authors'; as in their code, f_s(x) is always
+    computed, so batch normalisation sees x too. ``attack`` says where the attack starts (theirs: near x).
+    """
+
+    passes: ClassVar[tuple[int, int]] = (6, 2)
+    attacks_teacher: ClassVar[bool] = True
+    attack: SignAscent
+    lambda_clean: float = 0.0
+    lambda_adv: float = 1.0
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        return self._at(_divergent(self.attack, student, x, _teacher(teacher)), student, teacher, x)[0]
+
+    def _at(
+        self, x_adv: Tensor, student: nn.Module, teacher: nn.Module | None, x: Tensor
+    ) -> tuple[Terms, Tensor, Tensor]:
+        """The terms, and the logits (B, N) of student and teacher at x'."""
+        logits, target = student(x_adv), _logits(teacher, x_adv)
+        terms = {
+            "distillation": self.lambda_clean * distillation_kl(student(x), _logits(teacher, x)).mean(),
+            "adversarial": self.lambda_adv * distillation_kl(logits, target).mean(),
+        }
+        return terms, logits, target
+
+
+@dataclass(frozen=True)
+class IGDM(AdaAD):
+    """Indirect gradient distillation (Lee et al. 2023): AdaAD + λ_IGDM·KL(f_s(x') − f_s(x''), f_t(x') − f_t(x'')).
+
+    With δ = x' − x of AdaAD's attack and x'' = x − δ, the differences of logits are 2·J·δ up to O(‖δ‖³): the term
+    matches the Jacobians J along δ without a double backward pass. The KL of the differences is that of the authors'
+    code. IGDM is a module on top of a distillation; the base here is AdaAD, which needs f_t(x') anyway. Like the
+    authors, x'' is not clamped to [0, 1]. Their weight grows linearly with the epoch; here it is constant, because a
+    method does not know the epoch.
+    """
+
+    passes: ClassVar[tuple[int, int]] = (9, 3)
+    lambda_igdm: float = 1.0
+
+    def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
+        x_adv = _divergent(self.attack, student, x, _teacher(teacher))
+        terms, logits, target = self._at(x_adv, student, teacher, x)
+        opposite = 2 * x - x_adv
+        difference = distillation_kl(logits - student(opposite), target - _logits(teacher, opposite))
+        return terms | {"difference": self.lambda_igdm * difference.mean()}
+
+
+@dataclass(frozen=True)
 class KDIGA_ARD_C(Method):
     """KDIGA on clean images and ARD: CE(f_s(x)), KL(f_s(x + δ), f_t(x)), IGA at x. Equation 20."""
 
@@ -311,10 +419,9 @@ class TRADES(Method):
             raise ValueError("TRADES needs an attack with a random start: its loss has no gradient at the image itself")
 
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
-        with frozen(student):
-            with torch.no_grad():
-                clean_logits = student(x)
-            x_adv = self.attack.perturb(lambda images: distillation_kl(student(images), clean_logits), x)
+        with frozen(student), torch.no_grad():
+            clean_logits = student(x)
+        x_adv = _divergent(self.attack, student, x, lambda _: clean_logits)
         logits = student(x)
         return {
             "cross_entropy": cross_entropy(logits, y).mean(),
@@ -399,6 +506,10 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "kdiga": KDIGA,
     "ard": ARD,
+    "rslad": RSLAD,
+    "iad": IAD,
+    "adaad": AdaAD,
+    "igdm": IGDM,
     "kdiga_ard_c": KDIGA_ARD_C,
     "kdiga_ard_a": KDIGA_ARD_A,
     "igam": IGAM,

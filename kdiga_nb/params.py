@@ -178,8 +178,8 @@ class Params(BaseModel):
     clip_norm: Weight = _knob("bound on the gradient's ℓ2 norm; 0: none, as in the authors' code")
     augment: bool = _knob("the data set's augmentation (the authors' code: crop out of 4 pixels' padding, and flip)")
     selection: Annotated[str, _one_of(SELECTIONS)] = _knob(
-        "epoch that is kept: the last, or the best PGD-20 on held-out training images; best_on_test is the paper's way "
-        "and needs preset author_code"
+        "epoch that is kept: the last, or the best on held-out training images by PGD-20 (ST and KD, which have no "
+        "robustness: by clean accuracy); best_on_test is the paper's way and needs preset author_code"
     )
     precision: Annotated[str, _one_of(PRECISIONS)] = _knob(
         "of convolutions and matrix products; losses and the alignment stay in float32", default="float32"
@@ -371,6 +371,15 @@ class AlignmentParams(Table1Params):
     )
     isd_grid: list[Positive] = _knob("weights of the alignment in one loop of ISD-WoT; empty: lambda_isd", default=[])
     gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
+
+
+class BaselineParams(Table1Params):
+    """KDIGA beside the adversarial distillations since the paper, and beside its controls."""
+
+    section: ClassVar[str] = "baselines"
+    lambda_igdm: Weight = _knob(
+        "weight of IGDM's difference of logits (its authors: 1 on CIFAR-10, rising)", default=1.0
+    )
 
 
 class ParetoParams(Params):

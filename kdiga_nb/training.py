@@ -59,8 +59,8 @@ class Schedule:
         clip_norm: bound on the gradient's ℓ2 norm, 0 for none.
         augment: use the data set's augmentation.
         trainable: ``all`` weights or the ``head`` alone.
-        selection: keep the ``last`` epoch, or the one of best robust accuracy on ``validation`` (PGD-20 of radius
-            ``selection_epsilon``), or, as the authors did, ``best_on_test``.
+        selection: keep the ``last`` epoch, or the one of best accuracy on ``validation`` (PGD-20 of radius
+            ``selection_epsilon``; radius 0: clean), or, as the authors did, ``best_on_test``.
         precision: ``float32``, or ``bfloat16``: convolutions and matrix products of student and teacher, and of their
             gradients, in bf16; logits, losses, the alignment term and the weights stay in fp32.
         images: train on the first so many fitting examples and validate on at most as many (0: all).
@@ -470,6 +470,8 @@ def _score(student: nn.Module, data: Data, schedule: Schedule, row: dict[str, fl
         row["validation_clean"] = _shared_accuracy(student, validation)
     if schedule.selection == "last":
         return row["epoch"]
+    if schedule.selection == "validation" and not schedule.selection_epsilon:
+        return row["validation_clean"]
     attack = PGD(schedule.selection_epsilon, schedule.selection_epsilon / 10, 20)
     part = validation if schedule.selection == "validation" else data.test
     row["selection_robust"] = _shared_accuracy(student, part, attack)

@@ -24,6 +24,9 @@ from packaging.requirements import Requirement
 from test_layers import LEVELS
 
 from kdiga_nb import __version__
+from kdiga_nb.artifacts import baselines
+from kdiga_nb.artifacts.costs import relative_cost
+from kdiga_nb.params import BaselineParams, at_scale
 from kdiga_nb.paths import ROOT, published
 from kdiga_nb.report.numbers import show, value
 
@@ -148,6 +151,7 @@ CIFAR_ROWS = [
     *["st", "kd", "kdiga", "trades_teacher", *(f"isd_wot_{loop}" for loop in range(1, 7))],
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]
+LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "trades_student"]
 GRID_ROWS = [
     *["kdiga_0p3", "kdiga_1", "kdiga_3", "kdiga_10", "kdiga_zero_0p3", "kdiga_zero_1"],
     *["penalty_0p1", "penalty_0p3", "penalty_1", "penalty_3", "isd_wot_1_1", "isd_wot_1_10", "isd_wot_1_100"],
@@ -240,6 +244,16 @@ def test_the_tables_on_photographs_are_the_committed_results() -> None:
     assert_table("docs/results.md", "| row of Table 1, CIFAR-10 |", quoted("cifar10_cpu", CIFAR_ROWS, columns))
     grid = quoted("cifar10_cpu", GRID_ROWS, ["clean, ours", "pgd20, ours"], "alignment_or_penalty")
     assert_table("docs/results.md", "| net | clean | PGD-20 |", grid)
+
+
+def test_the_table_of_later_distillations_is_the_committed_result() -> None:
+    experiment = baselines(at_scale(BaselineParams, "digits"))
+    columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
+    steps = [f"{relative_cost(experiment.row(row).runs[0]):.1f}" for row in LATER_ROWS]
+    expected = [
+        [*line, step] for line, step in zip(quoted("digits", LATER_ROWS, columns, "baselines"), steps, strict=True)
+    ]
+    assert_table("docs/results.md", "| method | clean | PGD-20 | AutoAttack | step |", expected)
 
 
 def test_the_findings_quote_the_published_tables() -> None:

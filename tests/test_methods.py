@@ -19,15 +19,19 @@ from kdiga_nb.losses import distillation_kl, gradient_distance, input_gradient, 
 from kdiga_nb.methods import (
     ARD,
     AT,
+    IAD,
     IGAM,
+    IGDM,
     KD,
     KDIGA,
     KDIGA_ARD_A,
     KDIGA_ARD_C,
     METHODS,
     PRESETS,
+    RSLAD,
     ST,
     TRADES,
+    AdaAD,
     GradientPenalty,
     Method,
     Terms,
@@ -107,6 +111,13 @@ def identities() -> list[Any]:
         ("TRADES at beta 0 is ST", TRADES(ATTACK, beta=0), ST()),
         ("TRADES at radius 0 is ST", TRADES(STILL, beta=6), ST()),
         ("AT at radius 0 is ST", AT(STILL), ST()),
+        ("RSLAD at radius 0 is soft-label KD", RSLAD(STILL), KD(lambda_ce=0, lambda_kl=1)),
+        ("RSLAD on clean images is soft-label KD", RSLAD(ATTACK, 0.7, 0), KD(lambda_ce=0, lambda_kl=0.7)),
+        ("AdaAD at radius 0 is soft-label KD", AdaAD(STILL, 0.25, 0.5), KD(lambda_ce=0, lambda_kl=0.75)),
+        ("IAD at radius 0 is soft-label KD", IAD(STILL), KD(lambda_ce=0, lambda_kl=1)),
+        ("IAD that always trusts is ARD without CE", IAD(ATTACK, beta=0), ARD(ATTACK, lambda_ce=0, lambda_kl=1)),
+        ("IGDM at weight 0 is AdaAD", IGDM(ATTACK, 0.2, 0.8, lambda_igdm=0), AdaAD(ATTACK, 0.2, 0.8)),
+        ("IGDM at radius 0 is AdaAD", IGDM(STILL, lambda_igdm=3), AdaAD(STILL)),
     ]
     kd_settings: list[dict[str, Any]] = [
         {},
@@ -145,10 +156,13 @@ def test_kd_without_kl_is_standard_training_times_its_weight(
     assert_same(KD(lambda_ce=0.3, lambda_kl=0), ST(), student, teacher, batch, factor=0.3)
 
 
-@pytest.mark.parametrize("method", [ARD(ATTACK), AT(ATTACK), KDIGA(attack=FGSM(0.1)), TRADES(ATTACK)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [ARD(ATTACK), AT(ATTACK), KDIGA(attack=FGSM(0.1)), TRADES(ATTACK), RSLAD(ATTACK), AdaAD(ATTACK)], ids=repr
+)
 def test_a_radius_makes_a_difference(method: Method, student: nn.Module, teacher: nn.Module, batch: Split) -> None:
     """The counterpart of the identities at radius 0, which a method that forgot its attack would pass as well."""
-    plain = {ARD: KD(), AT: ST(), KDIGA: KDIGA(), TRADES: ST()}[type(method)]
+    soft = KD(lambda_ce=0, lambda_kl=1)
+    plain = {ARD: KD(), AT: ST(), KDIGA: KDIGA(), TRADES: ST(), RSLAD: soft, AdaAD: soft}[type(method)]
     ours, theirs = (total_and_gradients(one, student, teacher, batch)[0] for one in (method, plain))
     assert abs(ours - theirs) > 1e-3
 
@@ -244,6 +258,49 @@ def expected_trades(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
     return expected_st(s, t, b) | {"consistency": 6 * mean_kl(s(x_adv), s(b.images))}
 
 
+def climbed(student: nn.Module, batch: Split, target: Callable[[Tensor], Tensor]) -> Tensor:
+    """x' of the attacks that ascend KL(f_s(x'), target(x')), step by step as the equation says."""
+    x = batch.images
+    torch.manual_seed(0)
+    x_adv = (x + torch.empty_like(x).uniform_(-0.1, 0.1)).clamp(0, 1)
+    for _ in range(3):
+        x_adv.requires_grad_()
+        (slope,) = torch.autograd.grad(mean_kl(student(x_adv), target(x_adv)), x_adv)
+        x_adv = (x_adv + 0.04 * slope.sign()).detach()
+        x_adv = x_adv.clamp(x - 0.1, x + 0.1).clamp(0, 1)
+    return x_adv
+
+
+def expected_rslad(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    target = t(b.images).detach()
+    x_adv = climbed(s, b, lambda _: target)
+    return {
+        "distillation": mean_kl(s(b.images), target) / 6,
+        "adversarial": 5 * mean_kl(s(x_adv), target) / 6,
+    }
+
+
+def expected_iad(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    x_adv = attacked(s, b)
+    doubt = 1 - softmax(t(x_adv), 1)[range(6), b.labels].detach() ** 0.5
+    itself = kl_div(log_softmax(s(x_adv), 1), softmax(s(b.images), 1), reduction="none").sum(1)
+    return {"distillation": mean_kl(s(x_adv), t(b.images).detach()), "introspection": (doubt * itself).mean()}
+
+
+def expected_adaad(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    x_adv = climbed(s, b, t)
+    return {
+        "distillation": 0.2 * mean_kl(s(b.images), t(b.images).detach()),
+        "adversarial": 0.8 * mean_kl(s(x_adv), t(x_adv).detach()),
+    }
+
+
+def expected_igdm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    delta = climbed(s, b, t) - b.images
+    ours, theirs = (net(b.images + delta) - net(b.images - delta) for net in (s, t))
+    return expected_adaad(s, t, b) | {"difference": 3 * mean_kl(ours, theirs.detach())}
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -256,6 +313,10 @@ def expected_trades(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
         (KDIGA(lambda_iga=2, attack=FGSM(0.1)), expected_kdiga_fgsm),
         (ARD(ATTACK), expected_ard),
         (ARD(ATTACK, target="adversarial"), expected_ard_adversarial),
+        (RSLAD(ATTACK), expected_rslad),
+        (IAD(ATTACK, beta=0.5), expected_iad),
+        (AdaAD(ATTACK, 0.2, 0.8), expected_adaad),
+        (IGDM(ATTACK, 0.2, 0.8, lambda_igdm=3), expected_igdm),
         (KDIGA_ARD_C(ATTACK, lambda_iga=2), expected_c),
         (KDIGA_ARD_A(ATTACK, lambda_iga=2), expected_a),
         (AT(ATTACK), expected_at),
@@ -310,6 +371,8 @@ def test_a_perfect_student_has_nothing_to_learn_and_finite_gradients(
         KDIGA(lambda_ce=0, norm=norm, attack=FGSM(0.1)),
         ARD(ATTACK, lambda_ce=0, target="adversarial"),
         KDIGA_ARD_A(ATTACK, lambda_ce=0, norm=norm),
+        AdaAD(ATTACK, 0.5, 0.5),
+        IGDM(ATTACK),
         IGAM(lambda_ce=0, lambda_adv=0),
     ]
     for method in methods:
@@ -366,6 +429,10 @@ def passes_of_the_loss() -> dict[str, tuple[Method, int]]:
         "gradient_penalty": (GradientPenalty(), 1),
         "kdiga+fgsm": (KDIGA(attack=FGSM(0.1)), 2),
         "ard": (ARD(ATTACK), 2),
+        "rslad": (RSLAD(ATTACK), 2),
+        "iad": (IAD(ATTACK), 2),
+        "adaad": (AdaAD(ATTACK), 2),
+        "igdm": (IGDM(ATTACK), 3),
         "kdiga_ard_c": (KDIGA_ARD_C(ATTACK), 2),
         "kdiga_ard_a": (KDIGA_ARD_A(ATTACK), 2),
         "igam": (IGAM(), 1),
@@ -463,6 +530,58 @@ def test_trades_climbs_its_own_divergence_in_eval_mode(
 
 
 @pytest.mark.parametrize(
+    ("method", "teacher_steps"),
+    [(RSLAD(PGD(0.1, 0.025, 8)), 0), (AdaAD(PGD(0.1, 0.025, 8)), 8), (IGDM(PGD(0.1, 0.025, 8)), 8)],
+    ids=["RSLAD", "AdaAD", "IGDM"],
+)
+def test_the_distillations_climb_their_own_divergence_in_eval_mode(
+    method: Method, teacher_steps: int, tiny_net: Callable[..., nn.Module], random_images: Callable[..., Split]
+) -> None:
+    """One pass of the student per step, of the teacher where the target moves; no step leaves ball or step size."""
+    student, teacher = tiny_net(0, dropout=0.5, gain=3.0).train(), tiny_net(1, gain=3.0).eval()
+    x, y = random_images(16)
+    by_teacher = watched(teacher)
+    seen: list[tuple[bool, Tensor]] = []
+    student.register_forward_pre_hook(lambda net, inputs: seen.append((net.training, inputs[0].detach().clone())))
+    method(student, teacher, x, y)
+    losses = 3 if isinstance(method, IGDM) else 2
+    assert [training for training, _ in seen] == [False] * 8 + [True] * losses
+    end = seen[-1 if isinstance(method, RSLAD) else 8][1]
+    path = [images for _, images in seen[:8]]
+    assert all((images - x).abs().max() <= 0.1 + 1e-7 and 0 <= images.min() <= images.max() <= 1 for images in path)
+    steps = [(after - before).abs().max() for before, after in zip(path, [*path[1:], end], strict=True)]
+    assert all(0.02 < step <= 0.025 + 1e-6 for step in steps)
+    assert sum(any(torch.equal(images, one) for one in path) for images in by_teacher) == teacher_steps
+    with frozen(student), torch.no_grad():
+        moving = teacher_steps > 0
+        values = [distillation_kl(student(z), teacher(z if moving else x)).mean() for z in (end, path[0])]
+    assert values[0] > 1.2 * values[1]
+
+
+def test_igdms_difference_of_logits_tends_to_the_jacobian_along_the_perturbation(
+    student: nn.Module, teacher: nn.Module, batch: Split
+) -> None:
+    """(f(x') − f(x'')) / 2ε, as IGDM computes it, against J·δ/ε: the error falls with ε²."""
+    errors = []
+    for epsilon in (1e-2, 1e-3):
+        logits: dict[bytes, Tensor] = {}
+        hook = student.register_forward_hook(
+            lambda _, inputs, output, into=logits: into.__setitem__(inputs[0].detach().numpy().tobytes(), output)
+        )
+        inside = Split(batch.images.clamp(0.2, 0.8), batch.labels)
+        torch.manual_seed(0)
+        seen = watched(student)
+        IGDM(PGD(epsilon, epsilon / 2, 2))(student, teacher, *inside)
+        hook.remove()
+        x_adv, _, opposite = seen[-3:]
+        difference = logits[x_adv.numpy().tobytes()] - logits[opposite.numpy().tobytes()]
+        jacobian = torch.func.vmap(torch.func.jacrev(lambda x: student(x[None])[0]))(inside.images)
+        along = torch.einsum("bnchw,bchw->bn", jacobian, x_adv - inside.images)
+        errors.append(((difference / 2 - along) / epsilon).abs().max().item())
+    assert errors[0] > 1e-8 and errors[1] < errors[0] / 30
+
+
+@pytest.mark.parametrize(
     ("method", "batch_size", "expected"),
     [
         (KDIGA(lambda_iga=1, norm="batch"), 128, 6.9e-4),
@@ -518,6 +637,9 @@ def test_presets() -> None:
         (lambda: KDIGA(lambda_iga=float("nan")), "lambda_iga must not be negative"),
         (lambda: IGAM(lambda_adv=-1), "lambda_adv must not be negative"),
         (lambda: IGAM(lambda_diff=-1), "lambda_diff must not be negative"),
+        (lambda: RSLAD(ATTACK, lambda_clean=-1), "lambda_clean must not be negative"),
+        (lambda: IAD(ATTACK, beta=-1), "beta must not be negative"),
+        (lambda: IGDM(ATTACK, lambda_igdm=-1), "lambda_igdm must not be negative"),
         (lambda: TRADES(ATTACK, beta=-1), "beta must not be negative"),
         (lambda: KD(temperature=0), "temperature must be positive, got 0"),
         (lambda: ARD(ATTACK, temperature=-2), "temperature must be positive"),

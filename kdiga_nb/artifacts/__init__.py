@@ -10,6 +10,7 @@ from kdiga_nb.artifacts.studies import (
     alignment_or_penalty,
     audit_jobs,
     audit_plan,
+    baselines,
     factors,
     findings,
     isd_autoattack,
@@ -27,6 +28,7 @@ from kdiga_nb.params import (
     AblationParams,
     AlignmentParams,
     AuditParams,
+    BaselineParams,
     ExploreParams,
     IsdAutoAttackParams,
     ParetoParams,
@@ -58,5 +60,6 @@ STUDIES: dict[str, Artifact] = {
     "ablations": Artifact(AblationParams, ablations),
     "pareto": Artifact(ParetoParams, pareto),
     "alignment_or_penalty": Artifact(AlignmentParams, alignment_or_penalty),
+    "baselines": Artifact(BaselineParams, baselines),
 }
 EVERY: dict[str, Artifact] = ARTIFACTS | STUDIES

@@ -19,6 +19,7 @@ from kdiga_nb.attacks.gradient import PGD
 from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.data import DATASETS
 from kdiga_nb.measures import Bounds, TestAccuracy
+from kdiga_nb.methods import ST
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs.graph import Job
@@ -100,15 +101,29 @@ def disk_bytes(jobs: Sequence[Job]) -> tuple[int, int]:
 
 
 def _step(run: Run) -> float:
-    method, batch = run.method, run.schedule.batch_size
+    student, teacher = _passes(run)
+    step = _seconds(_net(run), student, run.schedule.batch_size)
+    return step if run.teacher is None else step + _seconds(_net(run.teacher), teacher, run.schedule.batch_size)
+
+
+def relative_cost(run: Run) -> float:
+    """The arithmetic of a training step over that of a step of standard training of the same net."""
+    student, teacher = _passes(run)
+    flops = student * _net(run).flops + (teacher * _net(run.teacher).flops if run.teacher else 0)
+    return flops / (ST().passes[0] * _net(run).flops)
+
+
+def _passes(run: Run) -> tuple[int, int]:
+    """Forward passes of student and teacher in a training step, those of the attack included."""
+    method = run.method
     student, teacher = method.passes
     if run.schedule.trainable == "head":
         student = 1
     attack = getattr(method, "attack", None)
     if attack is not None:
         student += 2 * attack.steps
-    step = _seconds(_net(run), student, batch)
-    return step if run.teacher is None else step + _seconds(_net(run.teacher), teacher, batch)
+        teacher += 2 * attack.steps if method.attacks_teacher else 0
+    return student, teacher
 
 
 def _steps(run: Run) -> int:

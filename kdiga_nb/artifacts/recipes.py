@@ -1,5 +1,6 @@
 """The building blocks that tables and studies share: schedules, methods, runs per seed, cells."""
 
+from dataclasses import replace
 from typing import Any
 
 from kdiga_nb.artifacts.table import Cell, Nets, PerSeed
@@ -90,6 +91,9 @@ def runs_per_seed(params: Params, method: Method, model: str | None = None, **ch
     """The same training for every seed; a tuple in ``changes`` (teachers, starting points) holds one value per seed."""
     model = model or params.student
     schedule = changes.pop("schedule", None) or schedule_of(params)
+    if schedule.selection == "validation" and isinstance(method, (ST, KD)):
+        # A net without robustness is most robust while it has hardly learnt, so its clean accuracy (radius 0) decides.
+        schedule = replace(schedule, selection_epsilon=0.0)
     per_seed = {name: value for name, value in changes.items() if isinstance(value, tuple)}
     fixed: dict[str, Any] = {"dataset": params.dataset} | {k: v for k, v in changes.items() if k not in per_seed}
     return tuple(

@@ -37,11 +37,12 @@ from kdiga_nb.audit.certify import CertifiedRadius
 from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
 from kdiga_nb.audit.verdict import Found
 from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy
-from kdiga_nb.methods import ARD, AT, KD, KDIGA, KDIGA_ARD_A, ST, TRADES, Method
+from kdiga_nb.methods import ARD, AT, IAD, IGDM, KD, KDIGA, KDIGA_ARD_A, RSLAD, ST, TRADES, AdaAD, Method
 from kdiga_nb.params import (
     AblationParams,
     AlignmentParams,
     AuditParams,
+    BaselineParams,
     IsdAutoAttackParams,
     ParetoParams,
     Prop1Params,
@@ -139,7 +140,10 @@ def _self_distilled(params: IsdAutoAttackParams, method: Method) -> PerSeed:
 
 
 def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
-    """ISD loop by loop under stronger attacks, with and without dropout; controls: one loop without alignment."""
+    """ISD loop by loop under stronger attacks, with and without dropout.
+
+    Controls: one loop without alignment, one with a zero target, and the gradient penalty without a teacher.
+    """
     table = table1_runs(params)
     chosen: dict[str, tuple[str, Nets]] = {"st": ("loop 0: student (ST)", table["st"][1])}
 
@@ -155,6 +159,8 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     kd = method_of(params, KD)
     chosen["self_kd"] = ("loop 1 by KD: dropout, no alignment", _self_distilled(params, kd))
     chosen["self_st"] = ("loop 1 by ST: dropout, no teacher", _self_distilled(params, ST()))
+    for name in ("isd_wot_1_zero", "penalty"):
+        chosen[name] = table[name]
     size = evaluation_pgd(params.epsilon, params.pgd_steps).step_size
     long = TestAccuracy(LossPGD(params.epsilon, size / 2, params.long_steps), params.long_images)
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
@@ -162,7 +168,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     rows = []
     for name, (label, runs) in chosen.items():
         cells = (
-            *accuracy_cells(params, runs, autoattack=name == "st" or isd_chain(name) is not None),
+            *accuracy_cells(params, runs, autoattack=name in table or isd_chain(name) is not None),
             cell_of("apgd", runs, apgd),
             cell_of(f"pgd{params.long_steps}", runs[: params.autoattack_seeds], long),
             _compared("gradient_norm", runs, gradients, table["st"][1], "norm"),
@@ -424,15 +430,9 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     """
     gradients = Gradients(params.epsilon, params.gradient_images)
     teachers = trades_teacher(params)
-    attack, images = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts), params.test_images or None
-    # Paired comparisons need to know which images were withstood.
-    accuracies = {
-        "clean": TestAccuracy(None, images, needs_mask=True),
-        f"pgd{params.pgd_steps}": TestAccuracy(attack, images, needs_mask=True),
-    }
 
     def row(name: str, label: str, runs: Nets, compare: bool) -> Row:
-        cells = [cell_of(metric, runs, measure) for metric, measure in accuracies.items()]
+        cells = [_with_mask(cell) for cell in accuracy_cells(params, runs, autoattack=False)]
         if compare:
             cells += [_compared(key, runs, gradients, teachers, key) for key in ("norm", "cosine")]
         return Row(name, label, trained_runs(runs), tuple(cells))
@@ -447,3 +447,36 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
             rows.append(row(weighted_row(kind, weight), f"{label}, λ = {weight:g}", runs, True))
     title = "The teacher's gradient, or a small gradient?"
     return Experiment("alignment_or_penalty", title, tuple(rows), params)
+
+
+def baselines(params: BaselineParams) -> Experiment:
+    """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack, epochs and seeds.
+
+    The later methods keep their authors' weights; IGDM's is ``lambda_igdm``. The other nets are those of Table 1.
+    """
+    attack, teacher = training_attack(params), trades_teacher(params)
+    later = {
+        "rslad": RSLAD(attack),
+        "iad": IAD(attack),
+        "adaad": AdaAD(attack),
+        "igdm": IGDM(attack, lambda_igdm=params.lambda_igdm),
+    }
+    known = table1_runs(params)
+    chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}
+    for name, method in later.items():
+        runs = runs_per_seed(params, method, teacher=teacher)
+        chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", runs)
+    for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
+        chosen[name] = known[name]
+    chosen |= {name: one for name, one in known.items() if isd_chain(name) == "isd_wot"}
+    rows = []
+    for name, (label, runs) in chosen.items():
+        cells = tuple(_with_mask(cell) for cell in accuracy_cells(params, runs))
+        rows.append(Row(name, label, trained_runs(runs), cells))
+    return Experiment("baselines", "KDIGA beside its controls and later distillations", tuple(rows), params)
+
+
+def _with_mask(cell: Cell) -> Cell:
+    """The cell for paired comparisons, which need to know which images were withstood."""
+    jobs = tuple(replace(job, measure=replace(job.measure, needs_mask=True)) for job in cell.jobs)  # pyright: ignore
+    return replace(cell, jobs=jobs)

@@ -13,6 +13,7 @@ from kdiga_nb.report.numbers import (
     flags,
     frame,
     interval,
+    metric_name,
     results,
     short,
     show,

@@ -53,6 +53,12 @@ def plan(*arguments: str) -> str:
     return result.stdout
 
 
+def test_nets_without_robustness_are_selected_by_clean_accuracy() -> None:
+    rows = {row.id: row.runs for row in ARTIFACTS["table1"].build(at_scale(Table1Params, "cifar10")).rows}
+    radii = {name: {run.schedule.selection_epsilon for run in rows[name]} for name in ("st", "kd", "ard", "kdiga")}
+    assert radii == {"st": {0.0}, "kd": {0.0}, "ard": {8 / 255}, "kdiga": {8 / 255}}
+
+
 @pytest.mark.parametrize("scale", ["cifar10", "imagenette", "imagenet"])
 def test_a_dry_run_needs_no_data_and_gives_hours_and_disk(
     scale: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
