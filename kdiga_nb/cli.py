@@ -504,7 +504,8 @@ def runs(
     if method is not None:
         _one_of("--method", method, list(METHODS))
     uses = _uses(chosen)
-    entries = [entry | {"artefacts": uses.get(entry["key"], {})} for entry in list_store()]
+    found: list[dict[str, Any]] = list_store()
+    entries = [entry | {"artefacts": uses.get(entry["key"], {})} for entry in found]
     entries = [
         entry
         for entry in entries

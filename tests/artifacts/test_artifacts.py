@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdiga_nb.artifacts import ARTIFACTS, reported
+from kdiga_nb.artifacts import ARTIFACTS, EVERY, reported
 from kdiga_nb.artifacts.recipes import trades_teacher
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.data import load_data
@@ -24,7 +24,7 @@ each = pytest.mark.parametrize(("scale", "name"), ALL)
 
 
 def experiment(scale: str, name: str, **overrides: Any) -> Experiment:
-    artifact = ARTIFACTS[name]
+    artifact = EVERY[name]
     return artifact.build(at_scale(artifact.params, scale, overrides))
 
 
@@ -200,7 +200,7 @@ def test_accuracies_of_shared_runs_are_measured_once(scale: str):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_method_is_part_of_some_artefact(scale: str):
-    used = {type(run.method) for name in ARTIFACTS for run in all_runs(experiment(scale, name))}
+    used = {type(run.method) for name in EVERY for run in all_runs(experiment(scale, name))}
     without = scale.startswith("imagenet")  # IGAM's source tasks are CIFAR-10's
     assert used >= set(METHODS.values()) - ({IGAM} if without else set())
 
