@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from kdiga_nb import paths
 
@@ -225,18 +224,14 @@ def _train_and_measure(
     todo: list[Job], workers: int, experiments: dict[str, Experiment | None], executor: Executor | None = None
 ) -> Outcome:
     from kdiga_nb.numerics import distributed
+    from kdiga_nb.numerics.progress import progress
     from kdiga_nb.runs import StoreError
     from kdiga_nb.runs.graph import run_all
 
     device, silent = _device(experiments), not todo or distributed.rank() > 0
-    with tqdm(desc="runs and measurements", unit="job", dynamic_ncols=True, total=0, disable=silent) as bar:
-
-        def progress(done: int, total: int, text: str) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(text)
-
+    with progress("runs and measurements", "job", silent=silent) as show:
         try:
-            return run_all(todo, workers=workers, device=device, executor=executor, progress=progress)
+            return run_all(todo, workers=workers, device=device, executor=executor, progress=show)
         except StoreError as error:
             raise _fail(str(error), 1) from None
 
@@ -419,6 +414,7 @@ def audit(
     from kdiga_nb.audit.measures import COMPARES, plan
     from kdiga_nb.audit.verdict import verdict
     from kdiga_nb.measures import TestAccuracy
+    from kdiga_nb.numerics.progress import progress
     from kdiga_nb.params import ParameterError
     from kdiga_nb.runs import StoreError
     from kdiga_nb.runs.store import measure
@@ -429,9 +425,9 @@ def audit(
         other = None if reference is None else _source(reference, reference_model)
         measures = plan(radius, images=images) | {"autoattack": TestAccuracy(AutoAttack(radius), images)}
         results: dict[str, dict[str, Any]] = {}
-        with tqdm(measures, desc="audit", unit="attack", leave=False) as bar:
-            for name in bar:
-                bar.set_postfix_str(name)
+        with progress("audit", "attack") as show:
+            for done, name in enumerate(measures):
+                show(done, len(measures), name)
                 if name == "transfer" and other is None:
                     continue
                 results[name] = measure(net, measures[name], reference=other if name in COMPARES else None)

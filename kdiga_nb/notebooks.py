@@ -14,11 +14,11 @@ from typing import Any
 import nbformat
 import torch
 from pydantic import BaseModel
-from tqdm import tqdm
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.table import Experiment
+from kdiga_nb.numerics.progress import progress
 from kdiga_nb.params import ParameterError, WalkthroughParams, at_scale
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import environment, measured
@@ -76,17 +76,16 @@ def run_notebooks(
     cached = [name for name in inputs if not again and _is_current(scale, name, inputs[name])]
     summary = Summary([], cached, {})
     todo = [name for name in inputs if name not in cached]
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="notebooks", disable=not todo) as bar:
+    with ThreadPoolExecutor(workers) as pool, progress("notebooks", "notebook", silent=not todo) as show:
         futures = {pool.submit(_papermill, scale, name, overrides, home): name for name in todo}
-        for future in as_completed(futures):
+        for done, future in enumerate(as_completed(futures), start=1):
             name, reason = futures[future], future.result()
             if reason:
                 summary.failed[name] = reason
             else:
                 summary.made.append(name)
                 _stamp(scale, name, inputs[name])
-            bar.update()
-            bar.set_postfix_str(name)
+            show(done, len(todo), name)
     return summary
 
 
