@@ -500,11 +500,10 @@ def runs(
     if method is not None:
         _one_of("--method", method, list(METHODS))
     uses = _uses(chosen)
-    found: list[dict[str, Any]] = list_store()
-    entries = [entry | {"artefacts": uses.get(entry["key"], {})} for entry in found]
+    found: list[dict[str, Any]] = [{**entry, "artefacts": uses.get(entry["key"], {})} for entry in list_store()]
     entries = [
         entry
-        for entry in entries
+        for entry in found
         if (scale is None or entry["artefacts"])
         and (method is None or ("run" in entry and entry["run"]["method"]["type"] == method))
     ]
