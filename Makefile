@@ -19,11 +19,11 @@ help: ## List the targets
 reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
 	$(BIN)/kdiga reproduce --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
 
-explore: $(VENV)/.installed ## Open the explorer in JupyterLab: λ_IGA, ε and loop count by hand
-	$(BIN)/jupyter-lab notebooks/explore.ipynb
+explore: $(VENV)/.installed ## Open the explorer in JupyterLab, on the published nets until you have your own
+	$(BIN)/kdiga explore
 
 page: $(VENV)/.installed-page ## Serve the explorer as a page, without code (installs Voilà)
-	$(BIN)/voila --Voila.ip=127.0.0.1 notebooks/explore.ipynb
+	$(BIN)/kdiga explore --page
 
 # The notebooks are checked last. Their runs come from runs/, the store of `make reproduce`; what the store lacks is
 # trained first, in parallel. pytest names every test that it skipped, with the reason (-ra in pyproject.toml). pytest's

@@ -552,6 +552,37 @@ def _so_far(entry: dict[str, Any]) -> list[str]:
     return parts
 
 
+@app.command()
+def explore(
+    page: Annotated[bool, typer.Option("--page", help="As a page without code (Voilà), not in JupyterLab.")] = False,
+    scale: Annotated[str, typer.Option(help="Whose published runs are shown where the store has none.")] = "digits",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8888,
+) -> None:
+    """Open the explorer, with your own nets if the run store has any, else with the published ones (no training)."""
+    import sys
+    from importlib.util import find_spec
+
+    from kdiga_nb.notebooks import load
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import StoreError, shipped
+
+    if page and find_spec("voila") is None:
+        raise _fail("--page: needs Voilà: pip install voila, or this package's extra page")
+    if not _has_results(load(_one_of("--scale", scale, scales()), "explore", {})):
+        os.environ["KDIGA_RUNS"] = f"{paths.runs()}-published"
+        try:
+            shipped.pull(scale)
+        except StoreError as error:
+            raise _fail(str(error), 1) from None
+        typer.echo(
+            f"the run store has no net of the explorer: the published ones are shown, from {_shown(paths.runs())}\n"
+            f"kdiga reproduce --scale {scale} --only explore trains your own"
+        )
+    notebook = str(paths.NOTEBOOKS / "explore.ipynb")
+    serve = ["voila", "--Voila.ip=127.0.0.1", f"--port={port}"] if page else ["jupyterlab", f"--port={port}"]
+    os.execv(sys.executable, [sys.executable, "-m", *serve, notebook])  # so that Ctrl-C reaches the server alone
+
+
 store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
 app.add_typer(store_app, name="store")
 PUBLISHED = "digits, cifar10_cpu, …"
@@ -592,8 +623,9 @@ def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED
 def store_pack(
     scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")],
     row: Annotated[list[str] | None, typer.Option(help="Rows of Table 1 whose first seed's weights go along.")] = None,
+    artefact: Annotated[list[str] | None, typer.Option(help="Artefacts all of whose weights go along.")] = None,
 ) -> None:
-    """For maintainers: publish the finished runs of a scale, and the weights of some rows of Table 1."""
+    """For maintainers: publish the finished runs of a scale, and the weights of some rows and artefacts."""
     from kdiga_nb.artifacts import EVERY
     from kdiga_nb.notebooks import load
     from kdiga_nb.params import scales
@@ -601,16 +633,19 @@ def store_pack(
     from kdiga_nb.runs.graph import graph_of
 
     _one_of("SCALE", scale, scales())
-    experiments = [load(scale, name, {}) for name in EVERY]
-    rows = {one.id: one for one in load(scale, "table1", {}).rows}  # pyright: ignore[reportOptionalMemberAccess]
-    chosen = [rows[_one_of("--row", name, list(rows))] for name in row or []]
-    every = [job.run for job in graph_of(job for one in experiments if one for job in one.jobs())]
+    experiments = {name: one for name in EVERY if (one := load(scale, name, {}))}
+    rows = {one.id: one for one in experiments["table1"].rows}
+    kept = [rows[_one_of("--row", name, list(rows))].runs[0] for name in row or []]
+    for name in artefact or []:
+        kept += [job.run for job in graph_of(experiments[_one_of("--artefact", name, list(EVERY))].jobs())]
+    every = [job.run for job in graph_of(job for one in experiments.values() for job in one.jobs())]
     try:
-        keys = shipped.pack(scale, [run for run in every if isinstance(run, Run)], [one.runs[0] for one in chosen])
+        packed = shipped.pack(scale, *([run for run in some if isinstance(run, Run)] for some in (every, kept)))
     except StoreError as error:
         raise _fail(str(error), 1) from None
+    with_weights = sum(name.endswith(shipped.WEIGHTS) for name in shipped.manifest(scale)["files"])
     size = sum(path.stat().st_size for path in shipped.home_of(scale).rglob("*") if path.is_file())
-    typer.echo(f"{len(keys)} runs, {len(chosen)} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}")
+    typer.echo(f"{len(packed)} runs, {with_weights} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}")
 
 
 @app.command("data")

@@ -97,12 +97,13 @@ def pull(scale: str) -> Pulled:
 
 
 def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[str]:
-    """Publish the finished ones of ``runs``, with float16 weights for those of ``with_weights``; returns their keys.
+    """Publish the finished ones of ``runs``, with the weights for those of ``with_weights``; returns their keys.
 
-    The store's own weights are rounded first, so that published measurements are those of the published weights.
+    Published measurements are those of the published weights: a net without measurements is rounded to float16 in the
+    store first; a net that was measured in float32 is published in float32.
 
     Raises:
-        StoreError: a net of ``with_weights`` was measured before it was rounded, or its file is too large.
+        StoreError: the weights of a net take more than ``LIMIT``.
     """
     kept, keys, files = {run_key(run): run for run in with_weights}, [], {}
     home = home_of(scale)
@@ -114,9 +115,8 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[s
         (home / key).mkdir(parents=True)
         names = [name for name in RECORDS if (source / name).exists()]
         if key in kept:
-            if (source / "measures.json").exists() and not _is_half(source):
-                raise StoreError(f"run {key} was measured before its weights were rounded; export it instead")
-            halve_weights(run)
+            if not (source / "measures.json").exists():
+                halve_weights(run)
             if (source / WEIGHTS).stat().st_size > LIMIT:
                 raise StoreError(f"run {key}: its weights take more than {LIMIT / 1e6:g} MB")
             names.append(WEIGHTS)
@@ -128,6 +128,3 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[s
     write_json(home / "manifest.json", made | {"packed_with": environment(), "files": files})
     return keys
 
-
-def _is_half(home: Path) -> bool:
-    return json.loads((home / "run.json").read_text()).get("weights") == "float16"

@@ -96,12 +96,26 @@ def test_a_scale_without_a_manifest_says_so(published: Path, text: str | None, w
     assert "\n" not in str(error.value)
 
 
-def test_a_net_that_was_measured_before_it_was_rounded_is_refused(
+def test_a_net_that_was_measured_in_full_precision_is_published_in_full_precision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(paths, "ROOT", tmp_path)
-    measure(NET, CLEAN, device="cpu")
-    with pytest.raises(StoreError, match="was measured before its weights were rounded"):
+    before = measure(NET, CLEAN, device="cpu")
+    shipped.pack("smoke", [NET], [NET])
+    monkeypatch.setenv("KDIGA_RUNS", str(tmp_path / "another"))
+    shipped.pull("smoke")
+    assert CLEAN(load_or_train(NET, device="cpu"), load_data("digits"))["survivors"] == before["survivors"]
+    weights = safetensors.torch.load_file(folder(NET) / "model.safetensors")
+    assert weights["head.weight"].dtype == torch.float32
+
+
+def test_weights_that_are_too_large_for_the_repository_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped, "LIMIT", 1000)
+    load_or_train(NET, device="cpu")
+    with pytest.raises(StoreError, match=r"its weights take more than 0.001 MB"):
         shipped.pack("smoke", [NET], [NET])
 
 
