@@ -21,9 +21,10 @@ BENCHMARKS = {
     "steps": ["steps.py", "--scaling"],
     **{
         f"memory_{kind}": ["step_memory.py", "--teacher", "mobilenet_v2", "--method", kind]
-        for kind in ("st", "kdiga", "textbook")
+        for kind in ("st", "kdiga", "textbook", "igdm")
     },
     **{f"bfloat16_{model}": ["steps.py", "--precision", "bfloat16", "--model", model] for model in BF16_MODELS},
+    "distillations": ["distillations.py"],
     "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
     "explorer": ["explorer.py"],

@@ -14,13 +14,14 @@ import torch
 from side_by_side import machine
 from steps import Textbook, plain
 
-from kdiga_nb.methods import KDIGA, ST
+from kdiga_nb.attacks.gradient import PGD
+from kdiga_nb.methods import IGDM, KDIGA, ST
 from kdiga_nb.models import build_model
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import computing, placed, resolve_device
 from kdiga_nb.training import train_step
 
-METHODS = {"st": ST(), "kdiga": KDIGA(), "textbook": Textbook()}
+METHODS = {"st": ST(), "kdiga": KDIGA(), "textbook": Textbook(), "igdm": IGDM(PGD(8 / 255, 2 / 255, 5))}
 
 
 def main() -> None:

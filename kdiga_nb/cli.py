@@ -645,7 +645,9 @@ def store_pack(
         raise _fail(str(error), 1) from None
     with_weights = sum(name.endswith(shipped.WEIGHTS) for name in shipped.manifest(scale)["files"])
     size = sum(path.stat().st_size for path in shipped.home_of(scale).rglob("*") if path.is_file())
-    typer.echo(f"{len(packed)} runs, {with_weights} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}")
+    typer.echo(
+        f"{len(packed)} runs, {with_weights} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}"
+    )
 
 
 @app.command("data")

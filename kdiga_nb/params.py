@@ -160,6 +160,7 @@ class Params(BaseModel):
     test_images: Natural = _knob("how many test images are measured; 0: all")
     autoattack_images: Natural = _knob("AutoAttack: how many test images; 0: not run (App. D: all)")
     autoattack_seeds: Natural = _knob("AutoAttack: on how many of the seeds", default=1)
+    autoattack_rows: list[str] = _knob("rows of Table 1 and its studies with AutoAttack on every seed", default=[])
 
     lambda_ce: Weight = _knob("weight of the cross-entropy (App. E)", default=0.5)
     lambda_kl: Weight = _knob("weight of the distillation term (App. E)", default=0.5)

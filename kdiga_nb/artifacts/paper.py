@@ -42,7 +42,7 @@ def table1(params: Table1Params) -> Experiment:
     for name, (label, runs) in table1_runs(params).items():
         # The paper's only ISD-WiT row, which does not say its loop, stands at the last loop.
         known = "isd_wit" if name == last_wit else name
-        cells = accuracy_cells(params, runs) if runs else ()
+        cells = accuracy_cells(params, runs, row=name) if runs else ()
         paper, note = reported.TABLE1.get(known, {}), reported.NOTES.get(known, "")
         rows.append(Row(name, label, trained_runs(runs), cells, paper, note))
     return Experiment("table1", "Table 1. Clean and robust accuracy of every method", tuple(rows), params)

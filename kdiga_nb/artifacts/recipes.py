@@ -1,5 +1,6 @@
 """The building blocks that tables and studies share: schedules, methods, runs per seed, cells."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -143,10 +144,10 @@ def pgd_training(params: Params) -> AT:
     return AT(training_attack(params, params.at_steps))
 
 
-def accuracy_cells(params: Params, runs: Nets, autoattack: bool = True) -> tuple[Cell, ...]:
+def accuracy_cells(params: Params, runs: Nets, autoattack: bool = True, row: str = "") -> tuple[Cell, ...]:
     """Clean accuracy, PGD at ``epsilon`` and, unless switched off, AutoAttack."""
     cells = clean_cell(params, runs), pgd_cell(params, runs)
-    return (*cells, *(autoattack_cells(params, runs, params.epsilon, "autoattack") if autoattack else ()))
+    return (*cells, *(autoattack_cells(params, runs, params.epsilon, "autoattack", row) if autoattack else ()))
 
 
 def clean_cell(params: Params, runs: Nets, prefix: str = "") -> Cell:
@@ -161,12 +162,12 @@ def pgd_cell(params: Params, runs: Nets, prefix: str = "", radius: float | None 
     return cell_of(name, runs, TestAccuracy(pgd, params.test_images or None))
 
 
-def autoattack_cells(params: Params, runs: Nets, epsilon: float, metric: str) -> tuple[Cell, ...]:
-    """AutoAttack on the first ``autoattack_seeds`` runs; no cell if no images or no seeds are set."""
-    if not params.autoattack_images or not params.autoattack_seeds:
+def autoattack_cells(params: Params, runs: Nets, epsilon: float, metric: str, row: str = "") -> tuple[Cell, ...]:
+    """AutoAttack on the first ``autoattack_seeds`` runs, on all of a row of ``autoattack_rows``; perhaps no cell."""
+    seeds = len(runs) if row in params.autoattack_rows else params.autoattack_seeds
+    if not params.autoattack_images or not seeds:
         return ()
-    measure = TestAccuracy(AutoAttack(epsilon), params.autoattack_images)
-    return (cell_of(metric, runs[: params.autoattack_seeds], measure),)
+    return (cell_of(metric, runs[:seeds], TestAccuracy(AutoAttack(epsilon), params.autoattack_images)),)
 
 
 def trained_runs(nets: Nets) -> PerSeed:
@@ -179,6 +180,7 @@ def cell_of(metric: str, runs: Nets, measure: Measure) -> Cell:
     return Cell(metric, tuple(Job(run, measure) for run in dict.fromkeys(runs)))
 
 
+LATER = ("rslad", "iad", "adaad", "igdm")  # rows of the distillations since the paper
 ISD = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}  # chain -> name that a reader sees
 
 
@@ -266,12 +268,17 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
     every = params.all_seeds_rows or list(rows)
-    for name in every:
-        if name not in rows:
-            raise ValueError(f"all_seeds_rows: must be among {', '.join(rows)}{did_you_mean(name, rows)}, got {name!r}")
+    _check_rows("all_seeds_rows", every, list(rows))
+    _check_rows("autoattack_rows", params.autoattack_rows, [*rows, *LATER])
     return {
         name: (label, tuple(dict.fromkeys(runs if name in every else runs[:1]))) for name, (label, runs) in rows.items()
     }
+
+
+def _check_rows(setting: str, names: Sequence[str], rows: Sequence[str]) -> None:
+    for name in names:
+        if name not in rows:
+            raise ValueError(f"{setting}: must be among {', '.join(rows)}{did_you_mean(name, rows)}, got {name!r}")
 
 
 def control_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:

@@ -168,7 +168,7 @@ def isd_autoattack(params: IsdAutoAttackParams) -> Experiment:
     rows = []
     for name, (label, runs) in chosen.items():
         cells = (
-            *accuracy_cells(params, runs, autoattack=name in table or isd_chain(name) is not None),
+            *accuracy_cells(params, runs, autoattack=name in table or isd_chain(name) is not None, row=name),
             cell_of("apgd", runs, apgd),
             cell_of(f"pgd{params.long_steps}", runs[: params.autoattack_seeds], long),
             _compared("gradient_norm", runs, gradients, table["st"][1], "norm"),
@@ -200,7 +200,7 @@ def prop1_certified(params: Prop1Params) -> Experiment:
     }
     measure = CertifiedRadius(params.certified_epsilon, params.certified_images)
     keys = ["radius_interval", "radius_crown", "radius_one_sided", "radius_attack", "certified", "kept"]
-    keys += ["distance_loss", "distance_logits"]
+    keys += ["kept_proven", "lost_proven", "distance_loss", "distance_logits"]
     rows = []
     for name, (label, runs) in nets.items():
         cells = tuple(_compared(key, runs, measure, teacher, key) for key in keys)
@@ -471,7 +471,7 @@ def baselines(params: BaselineParams) -> Experiment:
     chosen |= {name: one for name, one in known.items() if isd_chain(name) == "isd_wot"}
     rows = []
     for name, (label, runs) in chosen.items():
-        cells = tuple(_with_mask(cell) for cell in accuracy_cells(params, runs))
+        cells = tuple(_with_mask(cell) for cell in accuracy_cells(params, runs, row=name))
         rows.append(Row(name, label, trained_runs(runs), cells))
     return Experiment("baselines", "KDIGA beside its controls and later distillations", tuple(rows), params)
 

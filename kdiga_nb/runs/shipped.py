@@ -127,4 +127,3 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[s
     made = {"scale": scale, "packed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "licence": "MIT"}
     write_json(home / "manifest.json", made | {"packed_with": environment(), "files": files})
     return keys
-

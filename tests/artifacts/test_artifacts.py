@@ -332,3 +332,12 @@ def test_autoattack_can_be_left_out(images: int, seeds: int):
 def test_an_unknown_row_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"row must be one of st, kd, .*, got 'kdigo'"):
         experiment("smoke", "table1").row("kdigo")
+
+
+def test_autoattack_meets_every_seed_of_the_rows_that_say_so():
+    found = experiment("digits", "table1", autoattack_rows=["kdiga"])
+    nets = {row.id: len(cell.jobs) for row in found.rows for cell in row.cells if cell.metric == "autoattack"}
+    assert nets.pop("kdiga") == len(found.params.seeds) > 1
+    assert set(nets.values()) == {1}
+    with pytest.raises(ValueError, match=r"autoattack_rows: must be among .*did you mean kdiga.*got 'kdga'"):
+        experiment("digits", "table1", autoattack_rows=["kdga"])

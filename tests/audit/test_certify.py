@@ -278,6 +278,18 @@ def test_the_measure_of_a_net_against_itself(data: Data) -> None:
     right = net(data.test.images[:10]).argmax(1) == 0
     certified = right & (certified_radius(layers, data.test.images[:10].flatten(1)) >= 0.01)
     assert result["certified"] == pytest.approx(100 * certified.double().mean().item())
+    assert result["lost_proven"] == 0 and result["kept_proven"] < 100  # its own upper bound is above its lower bound
+
+
+def test_kept_and_lost_radii_are_proven_by_the_bounds_of_both_nets() -> None:
+    pair = LinearPair(margin=0.5)
+    assert pair.exact_radius(pair.student) < pair.exact_radius(pair.teacher)
+    split = Split(pair.x.float().repeat(4, 1, 1, 1), pair.y.repeat(4))
+    data = Data("two pixels", split, split, num_classes=3, validation_size=0)
+    student, teacher = pair.student.float(), pair.teacher.float()
+    for net, reference, expected in ((student, teacher, (0, 0, 100)), (teacher, student, (100, 100, 0))):
+        result = CertifiedRadius(0.01)(net, data, reference=reference)
+        assert (result["kept"], result["kept_proven"], result["lost_proven"]) == expected
 
 
 def test_the_measure_needs_a_teacher(data: Data) -> None:
