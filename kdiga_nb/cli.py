@@ -557,6 +557,7 @@ def explore(
     page: Annotated[bool, typer.Option("--page", help="As a page without code (Voilà), not in JupyterLab.")] = False,
     scale: Annotated[str, typer.Option(help="Whose published runs are shown where the store has none.")] = "digits",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8888,
+    browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = True,
 ) -> None:
     """Open the explorer, with your own nets if the run store has any, else with the published ones (no training)."""
     import sys
@@ -580,7 +581,8 @@ def explore(
         )
     notebook = str(paths.NOTEBOOKS / "explore.ipynb")
     serve = ["voila", "--Voila.ip=127.0.0.1", f"--port={port}"] if page else ["jupyterlab", f"--port={port}"]
-    os.execv(sys.executable, [sys.executable, "-m", *serve, notebook])  # so that Ctrl-C reaches the server alone
+    serve += [notebook] if browser else ["--no-browser", notebook]
+    os.execv(sys.executable, [sys.executable, "-m", *serve])  # so that Ctrl-C reaches the server alone
 
 
 store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
@@ -629,6 +631,8 @@ def store_pack(
     from kdiga_nb.artifacts import EVERY
     from kdiga_nb.notebooks import load
     from kdiga_nb.params import scales
+    from kdiga_nb.report.card import card
+    from kdiga_nb.report.files import commit
     from kdiga_nb.runs import Run, StoreError, shipped
     from kdiga_nb.runs.graph import graph_of
 
@@ -640,13 +644,16 @@ def store_pack(
         kept += [job.run for job in graph_of(experiments[_one_of("--artefact", name, list(EVERY))].jobs())]
     every = [job.run for job in graph_of(job for one in experiments.values() for job in one.jobs())]
     try:
-        packed = shipped.pack(scale, *([run for run in some if isinstance(run, Run)] for some in (every, kept)))
+        lists = [[run for run in some if isinstance(run, Run)] for some in (every, kept)]
+        packed = shipped.pack(scale, *lists, commit=commit())
     except StoreError as error:
         raise _fail(str(error), 1) from None
-    with_weights = sum(name.endswith(shipped.WEIGHTS) for name in shipped.manifest(scale)["files"])
+    files = [Path(name) for name in shipped.manifest(scale)["files"]]
+    with_weights = [str(path.parent) for path in files if path.name == shipped.WEIGHTS]
+    (shipped.home_of(scale) / "README.md").write_text(card(scale, experiments, with_weights))
     size = sum(path.stat().st_size for path in shipped.home_of(scale).rglob("*") if path.is_file())
     typer.echo(
-        f"{len(packed)} runs, {with_weights} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}"
+        f"{len(packed)} runs, {len(with_weights)} with weights, {size / 1e6:.1f} MB in {_shown(shipped.home_of(scale))}"
     )
 
 

@@ -37,7 +37,7 @@ ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_tex
 CONDA_NAMES = {"pytorch": "torch"}
 IMPORT_NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 
-FILE_LIMIT, TOTAL_LIMIT = 5_000_000, 30_000_000  # bytes
+FILE_LIMIT, TOTAL_LIMIT = 5_000_000, 40_000_000  # bytes
 # Written so that they do not find themselves.
 PERSONAL_PATH = re.compile(r"/(?:home|root|Users|work)/[\w.]|/tmp/ipykernel_\d|[A-Za-z]:\\+Users\\")
 REGISTRY = re.compile(

@@ -96,7 +96,7 @@ def pull(scale: str) -> Pulled:
     return pulled
 
 
-def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[str]:
+def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: str = "unknown") -> list[str]:
     """Publish the finished ones of ``runs``, with the weights for those of ``with_weights``; returns their keys.
 
     Published measurements are those of the published weights: a net without measurements is rounded to float16 in the
@@ -124,6 +124,11 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run]) -> list[s
             shutil.copyfile(source / name, home / key / name)
             files[f"{key}/{name}"] = digest_of(home / key / name)
         keys.append(key)
-    made = {"scale": scale, "packed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "licence": "MIT"}
+    made = {
+        "scale": scale,
+        "packed": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "licence": "MIT",
+        "commit": commit,
+    }
     write_json(home / "manifest.json", made | {"packed_with": environment(), "files": files})
     return keys

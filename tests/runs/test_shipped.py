@@ -131,3 +131,7 @@ def test_a_weight_that_does_not_fit_into_half_precision_is_refused() -> None:
 def test_the_kits_own_publications_are_whole() -> None:
     for home in paths.published("").glob("*/runs"):
         assert shipped.faults(home.parent.name) == []
+        listed = [Path(name) for name in shipped.manifest(home.parent.name)["files"]]
+        keys = {path.parent.name for path in listed if path.name == shipped.WEIGHTS}
+        card = (home / "README.md").read_text()
+        assert keys and {key for key in keys if f"| `{key}` |" not in card} == set()

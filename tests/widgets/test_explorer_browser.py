@@ -304,3 +304,16 @@ def test_voila_on_an_empty_store(served: Path, tmp_path: Path):
         shot(page, "voila-empty")
         playwright.expect(page.get_by_role("button", name="Train the smallest set")).to_be_enabled()
         assert page.get_by_text("Traceback").count() == 0
+
+
+def test_a_newcomer_sees_the_published_nets_without_training(tmp_path: Path) -> None:
+    pytest.importorskip("voila", reason="Voilà is not installed (pip install -e .[page])")
+    port, store = free_port(), tmp_path / "runs"
+    command = [sys.executable, "-m", "kdiga_nb", "explore", "--page", "--no-browser", f"--port={port}"]
+    url = f"http://127.0.0.1:{port}"
+    with server(command, tmp_path, store, f"{url}/voila/static/voila.js"), browser_page() as page:
+        page.goto(url)
+        page.locator(".kdiga-explorer img").wait_for()
+        page.get_by_text("Read from the run store").wait_for()
+    assert not store.exists() and (tmp_path / "runs-published").is_dir()
+    assert "the published ones are shown" in (tmp_path / "server.log").read_text()
