@@ -18,7 +18,7 @@ from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.report.numbers import INTERVAL
 from kdiga_nb.runs.graph import Outcome, run_all
 from kdiga_nb.runs.run import ancestors, run_key
-from kdiga_nb.runs.store import environment, measured, training_seconds
+from kdiga_nb.runs.store import environment, is_published, measured, training_seconds
 
 
 class ReproductionError(RuntimeError):
@@ -82,6 +82,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "seconds": {"training": round(sum(trained), 1), "measuring": round(sum(measuring), 1)},
         "interval": INTERVAL,
         "runs": {row.id: [run_key(run) for run in row.runs] for row in experiment.rows},
+        "published_runs": sum(is_published(run) for row in experiment.rows for run in row.runs),
         "notes": {row.id: row.note for row in experiment.rows if row.note},
     }
 

@@ -88,7 +88,7 @@ def epochs_done(run: Run) -> int:
 def list_store() -> list[dict[str, Any]]:
     """One entry per run of the store, newest first.
 
-    Key, state (finished, epoch e of E, damaged), what the run is, epochs, seconds; the last epoch's clean accuracy on
+    Key, state (finished, published, epoch e of E, damaged), what the run is, epochs, seconds; the last epoch's clean accuracy on
     the validation images and the robust accuracy that epochs are selected by, in per cent; the seconds left to the end
     (None where unknown).
     """
@@ -101,7 +101,8 @@ def _entry(home: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((home / "run.json").read_text())
         run = record["run"]
-        state, epochs, seconds, left = "finished", run["schedule"]["epochs"], record["seconds"], 0.0
+        state = "published" if "published" in record else "finished"
+        epochs, seconds, left = run["schedule"]["epochs"], record["seconds"], 0.0
         rows = read_history(home)
     except FileNotFoundError:
         record = _unfinished(home)

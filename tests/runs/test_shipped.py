@@ -14,6 +14,7 @@ from kdiga_nb.data import load_data
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import ST
 from kdiga_nb.runs import StoreError, shipped
+from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import Run, folder, run_key
 from kdiga_nb.runs.store import damage, halve_weights, is_finished, load_or_train, measure, measured
 from kdiga_nb.training import Schedule
@@ -48,6 +49,7 @@ def test_what_is_packed_comes_back_and_gives_its_number_again(published: Path) -
     again = CLEAN(load_or_train(NET, device="cpu"), load_data("digits"))
     assert again["survivors"] == before["survivors"]
     assert json.loads((folder(NET) / "run.json").read_text())["published"] == "smoke"
+    assert [entry["state"] for entry in list_store()] == ["published", "published"]
 
 
 def test_a_run_without_weights_serves_tables_and_is_trained_again_for_its_net(published: Path) -> None:
