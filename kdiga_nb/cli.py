@@ -585,6 +585,28 @@ def explore(
     os.execv(sys.executable, [sys.executable, "-m", *serve])  # so that Ctrl-C reaches the server alone
 
 
+@app.command("explorable")
+def explorable_command(
+    path: Annotated[Path, typer.Argument(help="Where to.")] = Path("explorable.html"),
+    scale: Annotated[str, typer.Option(help="A scale of 8×8 digits.")] = "digits",
+) -> None:
+    """Write the page on which a reader attacks digits by hand: one file, no server, from the nets of the run store."""
+    from kdiga_nb.params import scales
+    from kdiga_nb.report.explorable import explorable
+    from kdiga_nb.runs import StoreError
+
+    try:
+        text = explorable(_one_of("--scale", scale, scales()))
+        path.write_text(text, encoding="utf-8")
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+    except ValueError as error:
+        raise _fail(f"--scale {scale}: {error}") from None
+    except OSError as error:
+        raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    typer.echo(f"{_shown(path)}: {len(text.encode()) / 1e6:.2f} MB")
+
+
 store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
 app.add_typer(store_app, name="store")
 PUBLISHED = "digits, cifar10_cpu, …"

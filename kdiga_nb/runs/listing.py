@@ -88,9 +88,9 @@ def epochs_done(run: Run) -> int:
 def list_store() -> list[dict[str, Any]]:
     """One entry per run of the store, newest first.
 
-    Key, state (finished, published, epoch e of E, damaged), what the run is, epochs, seconds; the last epoch's clean accuracy on
-    the validation images and the robust accuracy that epochs are selected by, in per cent; the seconds left to the end
-    (None where unknown).
+    Key, state (finished, published, epoch e of E, damaged), what the run is, epochs, seconds; the last epoch's clean
+    accuracy on the validation images and the robust accuracy that epochs are selected by, in per cent; the seconds left
+    to the end (None where unknown).
     """
     homes = sorted(paths.runs().glob("*/"), key=lambda path: -path.stat().st_mtime)
     return [entry for home in homes if (entry := _entry(home)) is not None]
