@@ -11,7 +11,7 @@ LINTED := kdiga_nb tests notebooks benchmarks
 ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce explore page test bench notebooks publish lab clean
+.PHONY: help reproduce explore page site test bench notebooks publish lab clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 	$(BIN)/python -m pytest -n 2
 	$(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs $(or $(JOBS),2)
 	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
+
+site: $(VENV)/.installed-site ## The notebooks, documents, API and the explorable page as web pages in site/
+	$(BIN)/kdiga site site
 
 bench: $(VENV)/.installed-bench ## Measure steps, memory, attacks beside their peers, the explorer, a reproduction: benchmarks/results/
 	$(BIN)/kdiga reproduce --only explore  # the explorer is timed on points that the store has
@@ -65,6 +68,10 @@ $(VENV)/.installed-bench: pyproject.toml
 
 $(VENV)/.installed-page: pyproject.toml
 	$(call install,.[page])
+	@touch $(VENV)/.installed
+
+$(VENV)/.installed-site: pyproject.toml
+	$(call install,.[site])
 	@touch $(VENV)/.installed
 
 $(VENV)/.installed-test: pyproject.toml

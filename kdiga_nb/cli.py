@@ -607,6 +607,23 @@ def explorable_command(
     typer.echo(f"{_shown(path)}: {len(text.encode()) / 1e6:.2f} MB")
 
 
+@app.command("site")
+def site_command(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("site")) -> None:
+    """Write the kit as web pages: notebooks with their outputs, documents, the API and the explorable page."""
+    try:
+        from kdiga_nb.site import build
+    except ImportError as error:
+        raise _fail(f"site: needs {error.name}: pip install {error.name}, or this package's extra site") from None
+    from kdiga_nb.paths import published
+
+    try:
+        pages = build(folder, (published("digits") / "explorable.html").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    typer.echo(f"{len(pages)} pages and the API, {size / 1e6:.1f} MB: open {_shown(folder / 'index.html')}")
+
+
 store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
 app.add_typer(store_app, name="store")
 PUBLISHED = "digits, cifar10_cpu, …"

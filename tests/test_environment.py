@@ -90,7 +90,7 @@ def test_every_import_of_the_package_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.partition(".")[0])
     foreign = {IMPORT_NAMES.get(name, name) for name in imported - sys.stdlib_module_names - {"kdiga_nb"}}
-    optional = set(bounds(PROJECT["optional-dependencies"]["cluster"]))
+    optional = {name for extra in ("cluster", "site") for name in bounds(PROJECT["optional-dependencies"][extra])}
     assert foreign - set(bounds(PROJECT["dependencies"])) == optional & foreign
 
 

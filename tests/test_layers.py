@@ -36,6 +36,7 @@ LEVELS = {
             ("artifacts",),
             ("report",),
             ("notebooks", "widgets"),
+            ("site",),
             ("cli",),
             ("__main__",),
         ]

@@ -166,3 +166,17 @@ def test_run_all_twice_in_one_kernel(path: Path, smoke_place: dict[str, str], tm
             run_all_cells(client)
             outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
             assert [output for output in outputs if output.output_type == "error"] == []
+
+
+@each
+def test_every_picture_has_words_for_those_who_do_not_see_it(path: Path):
+    """The cell's metadata ``alt``, which nbconvert writes into the page; a picture that has its own needs none."""
+    wordless = [
+        cell.source
+        for cell in code_cells(path)
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+        and not cell.metadata.get("alt")
+        and not output.metadata.get("image/png", {}).get("alt")
+    ]
+    assert wordless == []
