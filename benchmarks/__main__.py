@@ -25,6 +25,10 @@ BENCHMARKS = {
     },
     **{f"bfloat16_{model}": ["steps.py", "--precision", "bfloat16", "--model", model] for model in BF16_MODELS},
     "distillations": ["distillations.py"],
+    **{
+        f"compiled_{name}": ["compiled_step.py", "--model", name, "--precision", precision]
+        for name, precision in (("mobilenet_v2", "float32"), ("cifar_cnn", "bfloat16"))
+    },
     "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
     "explorer": ["explorer.py"],

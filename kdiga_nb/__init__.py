@@ -5,4 +5,4 @@ The package implements the paper "How and When Adversarial Robustness Improves i
 them. The notebooks narrate and call; everything that computes is here, one job a module (see README.md).
 """
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

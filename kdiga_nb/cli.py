@@ -579,10 +579,42 @@ def explore(
             f"the run store has no net of the explorer: the published ones are shown, from {_shown(paths.runs())}\n"
             f"kdiga reproduce --scale {scale} --only explore trains your own"
         )
-    notebook = str(paths.NOTEBOOKS / "explore.ipynb")
+    notebook = paths.NOTEBOOKS / "explore.ipynb"
+    if paths.CHECKOUT is None and not page:  # JupyterLab saves what it opens
+        own = paths.home() / "notebooks"
+        _copy_notebooks(own, ["explore"])
+        notebook = own / "explore.ipynb"
     serve = ["voila", "--Voila.ip=127.0.0.1", f"--port={port}"] if page else ["jupyterlab", f"--port={port}"]
-    serve += [notebook] if browser else ["--no-browser", notebook]
+    serve += [str(notebook)] if browser else ["--no-browser", str(notebook)]
     os.execv(sys.executable, [sys.executable, "-m", *serve])  # so that Ctrl-C reaches the server alone
+
+
+def _copy_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Copy notebooks of the kit; one that is there stays as it is. Returns the copies."""
+    import shutil
+
+    copied = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            target = folder / f"{name}.ipynb"
+            if not target.exists():
+                shutil.copyfile(paths.NOTEBOOKS / target.name, target)
+                copied.append(target)
+    except OSError as error:
+        raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    return copied
+
+
+@app.command("notebooks")
+def notebooks_command(
+    folder: Annotated[Path, typer.Argument(help="Where to, e.g. a folder of your own: kdiga-notebooks.")],
+) -> None:
+    """Copy the notebooks into a folder, to read and run; a notebook that is there stays as it is."""
+    from kdiga_nb.notebooks import ARTEFACTS
+
+    copied = _copy_notebooks(folder, ARTEFACTS)
+    typer.echo(f"{len(copied)} notebooks copied to {_shown(folder)}, {len(ARTEFACTS) - len(copied)} were there")
 
 
 @app.command("explorable")
@@ -610,14 +642,14 @@ def explorable_command(
 @app.command("site")
 def site_command(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("site")) -> None:
     """Write the kit as web pages: notebooks with their outputs, documents, the API and the explorable page."""
+    if paths.CHECKOUT is None:
+        raise _fail("site: the documents are in the repository; run this in a checkout")
     try:
         from kdiga_nb.site import build
     except ImportError as error:
         raise _fail(f"site: needs {error.name}: pip install {error.name}, or this package's extra site") from None
-    from kdiga_nb.paths import published
-
     try:
-        pages = build(folder, (published("digits") / "explorable.html").read_text(encoding="utf-8"))
+        pages = build(folder, (paths.published("digits") / "explorable.html").read_text(encoding="utf-8"))
     except OSError as error:
         raise _fail(f"{error.filename}: {error.strerror}", 1) from None
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

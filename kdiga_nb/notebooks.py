@@ -94,7 +94,7 @@ def _inputs(scale: str, name: str, experiment: Experiment | None, overrides: dic
     cells = [cell.source for cell in nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4).cells]
     jobs = experiment.jobs() if experiment else []
     results = [measured(job.run, job.measure, reference=job.reference) for job in jobs if job.measure]
-    code = [path.read_text() for path in sorted((paths.ROOT / "kdiga_nb").rglob("*.py"))]
+    code = [path.read_text() for path in sorted(paths.PACKAGE.rglob("*.py"))]
     keys = [run_key(job.run) for job in jobs]
     versions = environment(torch.device("cpu"))
     parts = [cells, _params(scale, name, overrides).model_dump(), keys, results, code, versions]

@@ -89,8 +89,10 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 def commit() -> str:
     """The commit of the code, with ``+`` if files of the package differ from it; "unknown" outside a git checkout."""
+    if paths.CHECKOUT is None:
+        return "unknown"
     try:
-        git = ["git", "-C", str(paths.ROOT)]
+        git = ["git", "-C", str(paths.CHECKOUT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
             [*git, "status", "--porcelain", "kdiga_nb"], capture_output=True, text=True, check=True
