@@ -3,6 +3,9 @@
 SCALE ?= digits
 JOBS ?=
 PYTHON ?= python3
+# Versions that the kit was tested with (constraints.txt); LATEST=1 takes the newest that pyproject.toml allows.
+LATEST ?=
+PINS := $(if $(LATEST),,--constraint constraints.txt)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,10 +14,10 @@ LINTED := kdiga_nb tests notebooks benchmarks
 ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce explore page site test bench notebooks publish lab clean
+.PHONY: help reproduce explore page site test bench notebooks publish constraints lab clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
 	$(BIN)/kdiga reproduce --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
@@ -51,6 +54,11 @@ publish: ## For maintainers: copy figures/SCALE to published/SCALE
 	mkdir -p published/$(SCALE)
 	cp figures/$(SCALE)/*.csv figures/$(SCALE)/*.json figures/$(SCALE)/*.png figures/$(SCALE)/*.svg published/$(SCALE)/
 	if [ "$(SCALE)" = digits ]; then $(BIN)/kdiga explorable published/digits/explorable.html; fi
+
+constraints: $(VENV)/.installed-test ## For maintainers: write the versions of .venv to constraints.txt
+	{ echo "# Tested together; make writes this file: make LATEST=1 test && make constraints"; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton|setuptools|wheel)' \
+	  | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 
 lab: $(VENV)/.installed ## Open JupyterLab here
 	$(BIN)/jupyter-lab
@@ -89,6 +97,6 @@ define install
 	if [ "$@" -nt pyproject.toml ]; then exit 0; fi && \
 	echo "Installing into $(VENV) (PyTorch makes the first time a matter of minutes and some 5 GB)" && \
 	{ "$(BIN)/python" -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; } && \
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --editable "$(1)" && \
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PINS) --editable "$(1)" && \
 	touch "$@"
 endef

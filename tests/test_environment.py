@@ -34,8 +34,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
 
 # Where conda, or an import statement, calls a distribution by another name.
-CONDA_NAMES = {"pytorch": "torch"}
-IMPORT_NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+CONDA_NAMES = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
+IMPORT_NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 
 FILE_LIMIT, TOTAL_LIMIT = 5_000_000, 40_000_000  # bytes
 # Written so that they do not find themselves.

@@ -57,6 +57,29 @@ RULES: dict[str, list[tuple[str, str | None]]] = {
     "timm": [],
 }
 FORMATS = ("state_dict", "safetensors", *RULES)
+# OWNER/NAME/FILE of the Hugging Face hub at a commit, so that the file cannot change.
+HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[\w./-]+)@(?P<revision>[0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class Known:
+    """A published robust net: how parameters write it, and where its file is had from; perhaps its sha256."""
+
+    format: str
+    path: str
+    source: str
+    sha256: str | None = None
+
+
+KNOWN = {
+    "trades_wrn_34_10": Known("trades", "model_cifar_wrn.pt", "the README of github.com/yaodongyu/TRADES"),
+    "trades_mnist": Known(
+        "trades",
+        "trades_model_mnist_smallcnn.pt",
+        "model_mnist_smallcnn.pt of the README of github.com/yaodongyu/TRADES",
+        "5b99888064f692047d5592b38df2dde126aa1b991a26c6aad683ce709634bea0",
+    ),
+}
 # Where a file that was saved during training keeps the weights.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 PUBLISHED = "published"
@@ -72,8 +95,8 @@ class Checkpoint:
     """Weights from outside the store, used as a teacher or as a starting point.
 
     Attributes:
-        path: a local file (``paths.checkpoints()`` is searched too), a URL, or, for the
-            format ``timm``, ``published``: what timm itself serves for the net.
+        path: a local file (``paths.checkpoints()`` is searched too), a URL, ``hf:OWNER/NAME/FILE@COMMIT`` of the
+            Hugging Face hub, or, for the format ``timm``, ``published``: what timm itself serves for the net.
         sha256: of the file; checked when given.
         format: ``state_dict`` (a torch file, loaded with ``weights_only``) or ``safetensors``, with this kit's layer
             names; ``trades``, ``robustness``, ``robustbench`` or ``timm`` for files of those projects.
@@ -97,17 +120,25 @@ class Checkpoint:
 
 
 def parse(text: str, model: str) -> Checkpoint:
-    """A checkpoint as parameters write it, ``FORMAT:PATH_OR_URL``, with ``#sha256=…`` behind it or not.
+    """A checkpoint as parameters write it: ``FORMAT:PATH_OR_URL`` or a name of ``KNOWN``, perhaps with ``#sha256=…``.
 
     Raises:
-        ValueError: it is not written so.
+        ValueError: it is not written so, or a known net's sha256 is needed.
     """
-    kind, _, rest = text.partition(":")
-    path, _, digest = rest.partition("#sha256=")
-    if kind not in FORMATS or not path or (digest and not re.fullmatch(r"[0-9a-f]{64}", digest)):
-        formats = ", ".join(FORMATS)
-        raise ValueError(f"must be FORMAT:PATH_OR_URL[#sha256=64 hexadecimal digits], FORMAT one of {formats}")
-    return Checkpoint(path, digest or None, kind, model)
+    name, marked, digest = text.partition("#sha256=")
+    kind, _, path = name.partition(":")
+    known = KNOWN.get(name)
+    if known is not None:
+        kind, path = known.format, known.path
+        if not digest and known.sha256 is None:
+            raise ValueError(f"{name}: the kit does not know its sha256; write {name}#sha256=… ({known.source})")
+    well_placed = path and (not path.startswith("hf:") or HUB.fullmatch(path))
+    if kind not in FORMATS or not well_placed or (marked and not re.fullmatch(r"[0-9a-f]{64}", digest)):
+        raise ValueError(
+            f"must be FORMAT:PATH_OR_URL[#sha256=64 hexadecimal digits], FORMAT one of {', '.join(FORMATS)}, "
+            f"PATH_OR_URL also hf:OWNER/NAME/FILE@40 hexadecimal digits; or one of {', '.join(KNOWN)}"
+        )
+    return Checkpoint(path, digest or (known.sha256 if known else None), kind, model)
 
 
 def described(path: Path) -> Checkpoint:
@@ -150,7 +181,7 @@ def rounded(weights: dict[str, Tensor], what: str) -> dict[str, Tensor]:
 
 def is_url(path: str) -> bool:
     """Whether a checkpoint's path has to be downloaded."""
-    return urlparse(path).scheme in ("http", "https")
+    return urlparse(path).scheme in ("http", "https", "hf")
 
 
 def locate(checkpoint: Checkpoint) -> Path:
@@ -160,12 +191,15 @@ def locate(checkpoint: Checkpoint) -> Path:
         StoreError: the file is missing, cannot be downloaded or has another sha256.
     """
     path = Path(checkpoint.path)
-    if is_url(checkpoint.path):
+    if (hub := HUB.fullmatch(checkpoint.path)) is not None:
+        path = _from_hub(checkpoint, hub)
+    elif is_url(checkpoint.path):
         path = _fetched(checkpoint)
     elif not path.is_file():
         path = paths.checkpoints() / path
         if not path.is_file():
-            raise StoreError(f"checkpoint {checkpoint.path}: there is no such file, nor {path}")
+            had = [f"; it is had from {one.source}" for one in KNOWN.values() if one.path == checkpoint.path]
+            raise StoreError(f"checkpoint {checkpoint.path}: there is no such file, nor {path}{''.join(had)}")
     if checkpoint.sha256 is not None and (digest := digest_of(path)) != checkpoint.sha256:
         raise StoreError(f"checkpoint {checkpoint.path}: its sha256 is {digest}, not {checkpoint.sha256}")
     return path
@@ -246,6 +280,20 @@ def _renamed(state: dict[str, Tensor], kind: str, net: str) -> dict[str, Tensor]
         normaliser = {k: v for k, v in renamed.items() if k.startswith("normalize.")}
         return timm_names({k: v for k, v in renamed.items() if k not in normaliser}) | normaliser
     return renamed
+
+
+def _from_hub(checkpoint: Checkpoint, hub: re.Match[str]) -> Path:
+    """A file of the Hugging Face hub, downloaded once into ``paths.checkpoints()``."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cache = paths.checkpoints() / "hub"
+    try:
+        return Path(hf_hub_download(hub["repo"], hub["file"], revision=hub["revision"], cache_dir=cache))
+    except LocalEntryNotFoundError:
+        raise StoreError(f"checkpoint {checkpoint.path}: it is not in {cache}, and the hub cannot be reached") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise StoreError(f"checkpoint {checkpoint.path}: {str(error).splitlines()[0]}") from error
 
 
 def _fetched(checkpoint: Checkpoint) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
@@ -291,3 +292,46 @@ def test_igams_source_teacher_keeps_its_body_on_cifar10(real: Checkpoint) -> Non
     net = build_model("trades_mnist", num_classes=10, image_shape=(3, 32, 32))
     net.load_state_dict(body)
     assert net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+# ---- nets of the Hugging Face hub, and nets that the kit knows by name ----
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_net_of_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own library finds the file where it would have put it; nothing is asked for over the network."""
+    monkeypatch.setattr(paths, "checkpoints", lambda: tmp_path)
+    original = fresh("digits_small")
+    file = tmp_path / "hub" / "models--someone--nets" / "snapshots" / COMMIT / "robust" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    safetensors.torch.save_file(original.state_dict(), file)
+    text = f"safetensors:hf:someone/nets/robust/model.safetensors@{COMMIT}"
+    assert same_logits(load(parse(text, "digits_small:digits")), original)
+    wrong = parse(f"{text}#sha256={'0' * 64}", "digits_small:digits")
+    with pytest.raises(StoreError, match=r"its sha256 is [0-9a-f]{64}, not 0{64}"):
+        load(wrong)
+
+
+def test_a_net_of_the_hub_without_a_network_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "checkpoints", lambda: tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    missing = parse(f"safetensors:hf:someone/nets/model.safetensors@{COMMIT}", "digits_small:digits")
+    with pytest.raises(StoreError, match=r"^checkpoint hf:someone/.* is not in .*, and the hub cannot be reached$"):
+        load(missing)
+
+
+@pytest.mark.parametrize("place", ["hf:someone/nets/file.pt", "hf:nets/file.pt@" + COMMIT, "hf:a/b/c.pt@main"])
+def test_a_net_of_the_hub_without_a_commit_is_refused(place: str) -> None:
+    with pytest.raises(ValueError, match="hf:OWNER/NAME/FILE@40 hexadecimal digits"):
+        parse(f"trades:{place}", "wrn_34_10:cifar10")
+
+
+def test_known_nets_by_name() -> None:
+    known = parse("trades_mnist", "trades_mnist:mnist")
+    assert (known.format, known.path) == ("trades", REAL) and known.sha256 is not None
+    with pytest.raises(ValueError, match="does not know its sha256; write trades_wrn_34_10#sha256="):
+        parse("trades_wrn_34_10", "wrn_34_10:cifar10")
+    assert parse(f"trades_wrn_34_10#sha256={'a' * 64}", "wrn_34_10:cifar10").sha256 == "a" * 64
+    with pytest.raises(ValueError, match="or one of trades_wrn_34_10, trades_mnist"):
+        parse("trades_wrn", "wrn_34_10:cifar10")
