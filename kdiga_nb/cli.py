@@ -370,15 +370,19 @@ def params_command(
         typer.echo(f"    {one['meaning']}; {one['allowed']}{default}")
 
 
-def _source(target: str, model: str | None) -> Checkpoint:
+def _source(target: str, model: str | None, folder: Path | None = None) -> Checkpoint:
     """The net named on the command line: a file of weights, or the key of a stored run."""
-    from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
+    from kdiga_nb.runs import Checkpoint, StoreError, checkpoints, foreign
     from kdiga_nb.runs.listing import stored
 
     path = Path(target)
     if path.is_file():
         if model is None:
             return checkpoints.described(path)
+        if folder is not None:
+            model = f"{foreign.own_net(model)}:{foreign.own_images(folder)}"
+            kind = "safetensors" if path.suffix == ".safetensors" else "state_dict"
+            return Checkpoint(str(path), checkpoints.digest_of(path), kind, model)
         return Checkpoint(target, None, "safetensors" if path.suffix == ".safetensors" else "state_dict", model)
     if path.suffix:
         raise StoreError(f"{target}: there is no such file")
@@ -399,7 +403,13 @@ def _radius_of(text: str) -> float:
 @app.command()
 def audit(
     target: Annotated[str, typer.Argument(help="A run's key (kdiga runs lists them) or a file of weights.")],
-    model: Annotated[str | None, typer.Option(help="Net and data set of a file: digits_small:digits.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Net and data set of a file: digits_small:digits; with --data, your own: MODULE:FUNCTION."),
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--data", help="Images of your own, FOLDER/CLASS/IMAGE, for a net of your own.")
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(help="A second net, such as its teacher (key or file), whose adversarial images are tried."),
@@ -421,7 +431,9 @@ def audit(
 
     try:
         radius = _radius_of(epsilon)
-        net = _source(target, model)
+        if folder is not None and (model is None or not Path(target).is_file()):
+            raise ValueError("--data needs a file of weights and --model MODULE:FUNCTION")
+        net = _source(target, model, folder)
         other = None if reference is None else _source(reference, reference_model)
         measures = plan(radius, images=images) | {"autoattack": TestAccuracy(AutoAttack(radius), images)}
         results: dict[str, dict[str, Any]] = {}

@@ -14,12 +14,14 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner, Result
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
 from kdiga_nb.cli import app
+from kdiga_nb.data import load_data
 from kdiga_nb.notebooks import ARTEFACTS
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
@@ -426,3 +428,58 @@ def test_a_failing_notebook_is_named_and_the_status_says_so(tmp_path: Path):
     assert "Traceback" not in done.stderr
     assert (place.figures / "notebooks" / "table5.ipynb").exists()
     assert not (place.figures / "table5.csv").exists()
+
+
+# ---- a net and images of one's own ----
+
+
+def photographs(folder: Path, per_class: int = 12) -> None:
+    """Digits as PNG files, one folder per class."""
+    split = load_data("digits").test
+    for label in range(10):
+        home = folder / str(label)
+        home.mkdir(parents=True)
+        for place in (split.labels == label).nonzero().flatten()[:per_class].tolist():
+            to_pil_image(split.images[place]).convert("RGB").save(home / f"{place}.png")
+
+
+def test_the_example_of_an_audit_of_ones_own_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/audit.md's ``mymodule.py``, for images of three channels, trained for a moment."""
+    text = (paths.ROOT / "docs" / "audit.md").read_text()
+    (example,) = re.findall(r"```python\n# mymodule.py\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("mymodule.py").write_text(example.replace("1 * 8 * 8", "3 * 8 * 8"))
+    photographs(Path("photographs"))
+    train = load_data("digits").train
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(train.images.repeat(1, 3, 1, 1)), train.labels).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), "weights.pt")
+    command = ["audit", "weights.pt", "--model", "mymodule:build", "--data", "photographs"]
+    result = kdiga(*command, "--epsilon", "0.05", "--images", "20", "--json")
+    found = json.loads(result.stdout)
+    assert found["verdict"] in ("sound", "overstated", "masked") and found["results"]["clean"]["n"] == 20
+    assert found["results"]["clean"]["percent"] > 60 > found["results"]["autoattack"]["percent"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["weights.pt", "--data", "photographs"], "--data needs a file of weights and --model MODULE:FUNCTION"),
+        (["weights.pt", "--model", "nowhere:build", "--data", "photographs"], "--model nowhere:build: ModuleNotFound"),
+        (["weights.pt", "--model", "json:dumps", "--data", "photographs"], "--model json:dumps: TypeError"),
+        (["weights.pt", "--model", "time:time", "--data", "photographs"], "time() returns a float, not a torch.nn"),
+        (["weights.pt", "--model", "torch.nn:Identity", "--data", "missing"], "--data missing: "),
+    ],
+)
+def test_an_own_net_that_cannot_be_audited_is_one_line(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, "weights.pt")
+    photographs(Path("photographs"), per_class=1)
+    result = kdiga("audit", *arguments)
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
