@@ -416,3 +416,29 @@ def test_the_sentences_on_speed_quote_the_saved_benchmarks() -> None:
         f"plain formulation's {step['arithmetic, textbook / standard']:.1f} times",
     ]
     assert_sentences(sentences, ROOT / "docs" / "speed.md", ROOT / "docs" / "gpu.md")
+
+
+def test_the_trial_of_a_compiled_step_is_quoted_as_saved() -> None:
+    net, photographs = saved("compiled_mobilenet_v2"), saved("compiled_cifar_cnn")
+    ratios = [[one[kind]["eager / compiled"] for kind in ("kdiga", "standard")] for one in (net, photographs)]
+    sentences = [
+        f"is then {ratios[0][0]:.2f} times as fast, a standard step {ratios[0][1]:.2f} times",
+        f"is as fast as before ({ratios[1][0]:.2f}), a standard step slower ({ratios[1][1]:.2f})",
+        f"gradients differ by {100 * net['kdiga']['difference']:.0f} % from the eager ones",
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "speed.md")
+
+
+def test_the_comparison_with_igdm_is_quoted_as_saved() -> None:
+    found = saved("distillations")
+    at = {one["student"]: f"{one['cosine']['mean']:.2f}".replace("-", "−") for one in found["cosine"]}
+    spread = {one["student"]: f"{one['cosine']['sd']:.2f}" for one in found["cosine"]}
+    ratio = found["step"][1]["over standard"]
+    memory = [saved(f"memory_{name}")["peak_gb"] for name in ("kdiga", "igdm")]
+    sentences = [
+        f"{at['st']} (standard deviation {spread['st']}) at ST, {at['kd']} ({spread['kd']}) at KD and {at['kdiga']} "
+        f"({spread['kdiga']}) at KDIGA",
+        f"a KDIGA step takes {ratio['kdiga']:.1f} times a standard step and an IGDM step {ratio['igdm']:.1f} times",
+        f"batch 128 is {memory[0]:.2f} and {memory[1]:.2f} GB",
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "results.md")
