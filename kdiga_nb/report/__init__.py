@@ -2,10 +2,10 @@
 
 from kdiga_nb.report.figures import PALETTE, plot_bounds, plot_dots, plot_epsilon, plot_loops, plot_plane
 from kdiga_nb.report.files import ReproductionError, commit, provenance, reproduce, save
+from kdiga_nb.report.names import NAMES, heading, metric_name
 from kdiga_nb.report.numbers import (
     COLUMNS,
     INTERVAL,
-    NAMES,
     audit_table,
     best,
     claim,
@@ -13,7 +13,6 @@ from kdiga_nb.report.numbers import (
     flags,
     frame,
     interval,
-    metric_name,
     results,
     short,
     show,
@@ -31,4 +30,5 @@ from kdiga_nb.report.study_figures import (
     plot_tightness,
     plot_weights,
 )
+from kdiga_nb.report.tables import Grid, Shown, audit_grid
 from kdiga_nb.report.verdicts import print_verdicts, verdicts, with_audit

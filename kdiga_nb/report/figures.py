@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_chain
 from kdiga_nb.report.colors import method_color, metric_colors
-from kdiga_nb.report.numbers import metric_name, short, value
+from kdiga_nb.report.names import metric_name
+from kdiga_nb.report.numbers import short, value
 
 PALETTE = sns.color_palette("colorblind")
 

@@ -7,7 +7,6 @@ says the same in the notebooks.
 """
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +19,8 @@ from kdiga_nb.artifacts.studies import Effect
 from kdiga_nb.artifacts.table import Cell, Experiment, Row
 from kdiga_nb.audit.verdict import Found, Verdict
 from kdiga_nb.metrics import proportion
+from kdiga_nb.report.names import NAMES
+from kdiga_nb.report.tables import Shown
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import measured, training_seconds
 
@@ -130,7 +131,7 @@ def flags(experiment: Experiment) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: int = 1) -> pd.DataFrame:
+def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: int = 1) -> Shown:
     """The long table for readers: one line per row; per metric, our value [low, high] and the paper's.
 
     A dash: the paper gives no number. "not run": the store has no result.
@@ -150,7 +151,9 @@ def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: i
             nominal, effective = part.loc["lambda_iga", "value"], part.loc["lambda_iga_effective", "value"]
             line["λ_IGA nominal (effective)"] = f"{nominal:g} ({effective:.2g})"
         lines.append(line)
-    return pd.DataFrame(lines).fillna("–").set_index("")
+    shown = Shown(pd.DataFrame(lines).fillna("–").set_index(""))
+    shown.attrs["rows"] = [str(row) for row in dict.fromkeys(table["row"])]
+    return shown
 
 
 def _plain(number: float, digits: int) -> str:
@@ -166,32 +169,6 @@ def short(label: str) -> str:
     """A row's label without its teacher, for figures with little space."""
     parts = label.split(" → ")
     return parts[1] if len(parts) > 2 else parts[-1]
-
-
-_METRIC_NAMES = {"autoattack": "AutoAttack", "apgd": "APGD-CE + APGD-T"}
-
-
-def metric_name(metric: str) -> str:
-    """A metric as readers write it: ``pgd20@0.05`` is "PGD-20, ε = 0.05"."""
-    name, separator, radius = metric.partition("@")
-    name = _METRIC_NAMES.get(name) or re.sub(r"^pgd(\d+)$", r"PGD-\1", name)
-    return f"{name}, ε = {radius}" if separator else name
-
-
-NAMES = {
-    "pgd": "PGD, plain",
-    "pgd_more": "PGD, five times the steps",
-    "pgd_long": "PGD, long, with restarts",
-    "margin": "margin loss",
-    "dlr": "DLR loss",
-    "targeted": "targeted, all other classes",
-    "scaled": "scaled logits",
-    "noise": "random noise, best of 10",
-    "hard_label": "RayS (labels only)",
-    "square": "Square (scores only)",
-    "autoattack": "AutoAttack",
-    "clean": "clean",
-}
 
 
 def results(row: Row, metric: str) -> list[dict[str, Any]]:

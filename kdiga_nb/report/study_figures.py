@@ -14,7 +14,8 @@ from kdiga_nb.audit.verdict import Found, sweep
 from kdiga_nb.params import AlignmentParams
 from kdiga_nb.report.colors import label_color, method_color, metric_color
 from kdiga_nb.report.figures import one_panel, plain_axes
-from kdiga_nb.report.numbers import metric_name, results, short, values
+from kdiga_nb.report.names import metric_name
+from kdiga_nb.report.numbers import results, short, values
 
 
 def plot_audit(audits: Mapping[str, Found], title: str) -> Figure:

@@ -24,7 +24,7 @@ from kdiga_nb.params import radius_text
 from kdiga_nb.report.colors import METRICS as METRIC_COLORS
 from kdiga_nb.report.colors import method_color
 from kdiga_nb.report.figures import PALETTE
-from kdiga_nb.report.numbers import metric_name
+from kdiga_nb.report.names import metric_name
 from kdiga_nb.widgets.fast_axes import FastCanvas, name_ticks, set_ticks
 from kdiga_nb.widgets.views import (
     Array,

@@ -24,7 +24,7 @@ from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound, loss_surf
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import computing
 from kdiga_nb.params import ExploreParams, radius_text
-from kdiga_nb.report.numbers import metric_name
+from kdiga_nb.report.names import metric_name
 from kdiga_nb.runs.run import Run, run_key
 from kdiga_nb.runs.store import measured
 
