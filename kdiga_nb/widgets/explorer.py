@@ -29,6 +29,7 @@ from kdiga_nb.runs.run import Run
 from kdiga_nb.runs.store import is_finished
 from kdiga_nb.widgets.background import Training, TrainingProgress
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
+from kdiga_nb.widgets.finding import FINDS, find
 from kdiga_nb.widgets.views import State, ViewData, compute, details, glance_points, is_empty, missing, words
 
 log = logging.getLogger("kdiga")
@@ -131,6 +132,7 @@ class Explorer:
         self.data: ViewData | None = None
         self.training: Training | None = None
         self._state = State.start(params)
+        self._draws = itertools.count()  # of random images
         self._busy = False  # True while code sets the controls: handlers then do nothing
         self._lock = threading.RLock()  # the thread that watches a training redraws at the end
         _freeze_garbage()
@@ -165,6 +167,10 @@ class Explorer:
         self.exports = {kind: ipw.Button(description=name, icon="download") for kind, name in exports.items()}
         for button in (self.train_button, self.cancel_button, *self.exports.values()):
             button.layout.width = "auto"  # the default width cuts the text
+        self.finds = {kind: ipw.Button(description=name) for kind, name in FINDS.items()}
+        for kind, button in self.finds.items():
+            button.layout.width = "auto"
+            button.on_click(lambda _, kind=kind: self.find(kind))
         self.train_button.on_click(lambda _: self.train())
         self.cancel_button.on_click(lambda _: self.cancel())
         self.autoattack.observe(lambda _: self._offer(), names="value")
@@ -175,14 +181,15 @@ class Explorer:
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=wrap)
         own = [self.controls[name] for name in OWN]
-        # Fixed height, so that the figure keeps its place when the view changes.
+        # Of fixed height: the figure then keeps its place when the view changes.
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
         actions = ipw.HBox(
             [self.train_button, self.autoattack, self.cancel_button, self.bar, *self.exports.values()], layout=wrap
         )
-        parts = [ipw.HTML(STYLE), head, self.own, self.text, self.picture, self.controls["compare"], actions]
-        parts += [self.status, self.help]
+        self.finders = ipw.HBox([ipw.Label("find an image:"), *self.finds.values()], layout=wrap)
+        parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.picture]
+        parts += [self.controls["compare"], actions, self.status, self.help]
         self.widget = ipw.VBox(parts)
         self.widget.add_class("kdiga-explorer")
 
@@ -300,6 +307,7 @@ class Explorer:
         for name in OWN:
             self.controls[name].layout.display = "flex" if name in CONTROLS[state.view] else "none"
         self.controls["compare"].layout.display = "flex" if state.view == "epsilon" else "none"
+        self.finders.layout.display = "flex" if "image" in CONTROLS[state.view] else "none"
         chain = state.method in CHAINS or state.view == "loops"
         self.controls["lambda_iga"].disabled = state.view not in ("glance", "lambda") and state.method != "kdiga"
         self.controls["loop"].disabled = not chain
@@ -333,6 +341,18 @@ class Explorer:
 
     def _say(self, text: str, kind: str = "info", link: str = "") -> None:
         self.status.value = f'<div role="status" class="kdiga-status kdiga-{kind}">{html.escape(text)} {link}</div>'
+
+    def find(self, kind: str) -> None:
+        """Show the next test image of a kind of ``FINDS``, and say how many there are."""
+        with self._lock:
+            try:
+                image, text = find(self._state, kind, draw=next(self._draws))
+            except StoreError as error:
+                self._say(str(error), "error")
+                return
+            if image is not None:
+                self.controls["image"].value = image
+            self._say(text)
 
     # ---- training ----
 

@@ -308,7 +308,7 @@ def _glance(state: State) -> Glance:
     x, y = _images(state, 1)
     facets = {}
     for name, (row, source) in sources.items():
-        model = _stored_net(source, shape)
+        model = stored_net(source, shape)
         facets[name] = None if model is None else _facet(state, name, row, model, x, y)
     return Glance(state, net(state.row(), state.point), _pixels(x)[0], int(y), facets)
 
@@ -384,10 +384,10 @@ def _pair(state: State, run: Run) -> tuple[nn.Module | None, nn.Module | None, s
     teacher = run.teacher if isinstance(run.teacher, Run) else reference
     name = "the TRADES teacher" if teacher == reference else "the loop before"
     shape = load_data(state.params.dataset).image_shape
-    return _stored_net(run, shape), _stored_net(teacher, shape), name
+    return stored_net(run, shape), stored_net(teacher, shape), name
 
 
-def _stored_net(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
+def stored_net(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
     """The net, ready for evaluation; None if it has to be trained first."""
     if not isinstance(source, Run):
         return _evaluated(source, shape, ())

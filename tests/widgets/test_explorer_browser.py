@@ -315,5 +315,7 @@ def test_a_newcomer_sees_the_published_nets_without_training(tmp_path: Path) -> 
         page.goto(url)
         page.locator(".kdiga-explorer img").wait_for()
         page.get_by_text("Read from the run store").wait_for()
+        page.get_by_role("button", name="KD fooled, KDIGA not").click()
+        page.get_by_text(re.compile(r"\d+ of 500 test images: KD is fooled and KDIGA holds")).wait_for()
     assert not store.exists() and (tmp_path / "runs-published").is_dir()
     assert "the published ones are shown" in (tmp_path / "server.log").read_text()

@@ -28,11 +28,12 @@ from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4
 from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, ancestors
-from kdiga_nb.runs.store import is_finished
+from kdiga_nb.runs.store import is_finished, load_or_train, measured
 from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, table, words
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
+from kdiga_nb.widgets.finding import find
 from kdiga_nb.widgets.views import SURFACE, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
 
 each_view = pytest.mark.parametrize("view", VIEWS)
@@ -559,3 +560,61 @@ def test_the_loop_view_follows_a_chain_whatever_was_chosen(small: ExploreParams,
     assert explorer.state.point.method == "isd_wit"
     explorer.controls["view"].value = "epsilon"
     assert explorer.controls["method"].value == explorer.state.point.method == "kdiga"
+
+
+# ---- finding an image ----
+
+
+def test_found_images_are_what_the_store_says_of_them(small: ExploreParams, store: Path):
+    state = State.start(small)
+    masks = []
+    for point in (Point("kd"), Point("kdiga", small.lambda_iga)):
+        (cell,) = [one for one in state.row(point).cells if one.metric == f"pgd{small.pgd_steps}"]
+        assert cell.jobs[0].measure is not None
+        result = measured(cell.jobs[0].run, cell.jobs[0].measure)
+        assert result is not None
+        masks.append(result["survivors"])
+    for kind, wanted in (("kd_only", "01"), ("both", "00")):
+        expected = [i for i, pair in enumerate(zip(*masks, strict=True)) if "".join(pair) == wanted]
+        found, seen = state, []
+        for _ in expected:
+            image, text = find(found, kind)
+            assert image is not None and text.startswith(f"{len(expected)} of {len(masks[0])} test images")
+            seen.append(image)
+            found = replace(found, image=image)
+        assert sorted(seen) == expected
+        if not expected:
+            assert find(state, kind)[0] is None
+
+
+def test_the_smallest_margin_is_the_smallest(small: ExploreParams, store: Path):
+    state = State.start(small)
+    image, text = find(state, "margin")
+    model = load_or_train(state.row(Point("kdiga", small.lambda_iga)).runs[0], device="cpu")
+    test = load_data(small.dataset).test
+    with torch.no_grad():
+        logits = model(test.images)
+    rivals = logits.clone()
+    rivals[torch.arange(len(rivals)), test.labels] = -torch.inf
+    lead = logits[torch.arange(len(logits)), test.labels] - rivals.max(1).values
+    positive = lead.where(lead > 0, torch.inf)
+    assert image is not None and positive[image].item() == pytest.approx(positive.min().item(), abs=1e-4)
+    assert f"leads by {positive.min().item():.2f} nats" in text
+
+
+def test_buttons_find_images_and_are_there_where_an_image_is_shown(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    explorer.finds["random"].click()
+    first = explorer.state.image
+    explorer.finds["random"].click()
+    assert explorer.state.image != first
+    explorer.finds["margin"].click()
+    assert explorer.state.image == find(State.start(small), "margin")[0] and "leads by" in explorer.status.value
+    explorer.controls["view"].value = "lambda"
+    assert explorer.finders.layout.display == "none"
+
+
+def test_without_measurements_the_finder_says_so(small: ExploreParams):
+    image, text = find(State.start(small), "both")
+    assert image is None and "no PGD measurement" in text
+    assert find(State.start(small), "margin") == (None, "The store has no KDIGA net with this weight and seed.")
