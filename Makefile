@@ -1,26 +1,25 @@
-# Everything a reader or CI does; plain `make` lists it.
+# Everything a reader or CI does; plain `make` lists it. GNU's and BSD's make both read this file.
 
 SCALE ?= digits
 JOBS ?=
 PYTHON ?= python3
-# Versions that the kit was tested with (constraints.txt); LATEST=1 takes the newest that pyproject.toml allows.
-LATEST ?=
-PINS := $(if $(LATEST),,--constraint constraints.txt)
+# Versions that the kit was tested with; make PINS= … takes the newest that pyproject.toml allows.
+PINS ?= constraints.txt
 
-VENV := .venv
-BIN := $(VENV)/bin
-LINTED := kdiga_nb tests notebooks benchmarks
+VENV = .venv
+BIN = $(VENV)/bin
+LINTED = kdiga_nb tests notebooks benchmarks
 # What a test run draws stays apart from what a reproduction drew.
-ASIDE := KDIGA_FIGURES="$(CURDIR)/build/test-figures"
-
-.DEFAULT_GOAL := help
-.PHONY: help reproduce explore page site test bench notebooks publish constraints lab clean
+ASIDE = KDIGA_FIGURES="$$PWD/build/test-figures"
+INSTALL = @PYTHON="$(PYTHON)" VENV="$(VENV)" PINS="$(PINS)" .ci/install
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: help reproduce explore page site test bench notebooks publish constraints lab clean
 
 reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
-	$(BIN)/kdiga reproduce --scale $(SCALE) $(if $(JOBS),--jobs $(JOBS))
+	jobs="$(JOBS)"; $(BIN)/kdiga reproduce --scale $(SCALE) $${jobs:+--jobs "$$jobs"}
 
 explore: $(VENV)/.installed ## Open the explorer in JupyterLab, on the published nets until you have your own
 	$(BIN)/kdiga explore
@@ -36,7 +35,7 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
-	$(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs $(or $(JOBS),2)
+	jobs="$(JOBS)"; $(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs "$${jobs:-2}"
 	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 
 site: $(VENV)/.installed-site ## The notebooks, documents, API and the explorable page as web pages in site/
@@ -56,7 +55,7 @@ publish: ## For maintainers: copy figures/SCALE to published/SCALE
 	if [ "$(SCALE)" = digits ]; then $(BIN)/kdiga explorable published/digits/explorable.html; fi
 
 constraints: $(VENV)/.installed-test ## For maintainers: write the versions of .venv to constraints.txt
-	{ echo "# Tested together; make writes this file: make LATEST=1 test && make constraints"; \
+	{ echo "# Tested together; make writes this file: make PINS= test && make constraints"; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep '==' | grep -viE '^(nvidia|cuda|triton|setuptools|wheel)' \
 	  | sed 's/+[a-z0-9.]*$$//'; } > constraints.txt
 
@@ -68,35 +67,16 @@ clean: ## Remove .venv, build/ and caches; runs/, data/ and figures stay
 	find $(LINTED) -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml
-	$(call install,.)
+	$(INSTALL) '.' $@
 
 $(VENV)/.installed-bench: pyproject.toml
-	$(call install,.[bench])
-	@touch $(VENV)/.installed
+	$(INSTALL) '.[bench]' $@
 
 $(VENV)/.installed-page: pyproject.toml
-	$(call install,.[page])
-	@touch $(VENV)/.installed
+	$(INSTALL) '.[page]' $@
 
 $(VENV)/.installed-site: pyproject.toml
-	$(call install,.[site])
-	@touch $(VENV)/.installed
+	$(INSTALL) '.[site]' $@
 
 $(VENV)/.installed-test: pyproject.toml
-	$(call install,.[test])
-	@touch $(VENV)/.installed
-
-# $(call install,WHAT): the virtual environment with WHAT in it, editable because notebooks, parameters and runs are found
-# beside the package. The stamp comes last, so an interrupted install is done again. A second make waits at the lock
-# (where the system has flock) and finds the stamp. An environment without a working pip is rebuilt.
-define install
-@command -v "$(PYTHON)" > /dev/null || { echo "error: $(PYTHON) not found: Python 3.11 or newer is needed (make PYTHON=…)" >&2; exit 1; }
-@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$("$(PYTHON)" -V) (make PYTHON=…)" >&2; exit 1; }
-@mkdir -p build && exec 9> build/venv.lock && { ! command -v flock > /dev/null || flock 9; } && \
-	if [ "$@" -nt pyproject.toml ]; then exit 0; fi && \
-	echo "Installing into $(VENV) (PyTorch makes the first time a matter of minutes and some 5 GB)" && \
-	{ "$(BIN)/python" -m pip --version > /dev/null 2>&1 || "$(PYTHON)" -m venv --clear "$(VENV)"; } && \
-	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(PINS) --editable "$(1)" && \
-	touch "$@"
-endef
+	$(INSTALL) '.[test]' $@
