@@ -157,7 +157,7 @@ def verify(scale: str, experiments: Mapping[str, Experiment | None], *, own: boo
         for run in runs
         if (reason := damage(run)) and not (is_published(run) and "not among" in reason)
     ]
-    faults += [fault for job in graph if (fault := _contradiction(job))]
+    faults += dict.fromkeys(fault for job in graph if (fault := _contradiction(job)))
     return Verification(scale, published.compare(scale, tables), claims, faults, sum(map(is_published, runs)))
 
 
