@@ -7,6 +7,7 @@ import html
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from string import Template
 
@@ -169,4 +170,6 @@ def _api(home: Path) -> None:
     import pdoc.render
 
     pdoc.render.configure(docformat="restructuredtext", search=False, math=False, show_source=False)
-    pdoc.pdoc("kdiga_nb", "!kdiga_nb.cli", "!kdiga_nb.__main__", output_directory=home)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of annotations inside pandas, which a table's display inherits
+        pdoc.pdoc("kdiga_nb", "!kdiga_nb.cli", "!kdiga_nb.__main__", output_directory=home)

@@ -30,5 +30,5 @@ from kdiga_nb.report.study_figures import (
     plot_tightness,
     plot_weights,
 )
-from kdiga_nb.report.tables import Grid, Shown, audit_grid
+from kdiga_nb.report.tables import Grid, audit_grid
 from kdiga_nb.report.verdicts import print_verdicts, verdicts, with_audit

@@ -20,7 +20,7 @@ from kdiga_nb.artifacts.table import Cell, Experiment, Row
 from kdiga_nb.audit.verdict import Found, Verdict
 from kdiga_nb.metrics import proportion
 from kdiga_nb.report.names import NAMES
-from kdiga_nb.report.tables import Shown
+from kdiga_nb.report.tables import shown
 from kdiga_nb.runs.run import run_key
 from kdiga_nb.runs.store import measured, training_seconds
 
@@ -131,7 +131,7 @@ def flags(experiment: Experiment) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: int = 1) -> Shown:
+def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: int = 1) -> pd.DataFrame:
     """The long table for readers: one line per row; per metric, our value [low, high] and the paper's.
 
     A dash: the paper gives no number. "not run": the store has no result.
@@ -151,9 +151,8 @@ def show(table: pd.DataFrame, metrics: Sequence[str] | None = None, *, digits: i
             nominal, effective = part.loc["lambda_iga", "value"], part.loc["lambda_iga_effective", "value"]
             line["λ_IGA nominal (effective)"] = f"{nominal:g} ({effective:.2g})"
         lines.append(line)
-    shown = Shown(pd.DataFrame(lines).fillna("–").set_index(""))
-    shown.attrs["rows"] = [str(row) for row in dict.fromkeys(table["row"])]
-    return shown
+    frame = pd.DataFrame(lines).fillna("–").set_index("")
+    return shown(frame, [str(row) for row in dict.fromkeys(table["row"])])
 
 
 def _plain(number: float, digits: int) -> str:

@@ -29,8 +29,15 @@ FAMILIES = {
 HIGHER = re.compile(r"(teacher_)?(clean|pgd\d+|autoattack|apgd|certified|kept|kept_proven)(@.*)?")
 
 
-class Shown(pd.DataFrame):
-    """A table of ``show`` that a notebook displays for readers; ``attrs["rows"]`` has the row ids."""
+def shown(frame: pd.DataFrame, rows: Sequence[str]) -> pd.DataFrame:
+    """The frame, which a notebook displays for readers; ``rows`` are the row ids, by which lines are grouped."""
+    table = _Shown(frame)
+    table.attrs["rows"] = list(rows)
+    return table
+
+
+class _Shown(pd.DataFrame):
+    """A frame with another display."""
 
     @property
     def _constructor(self) -> Any:
@@ -42,7 +49,7 @@ class Shown(pd.DataFrame):
             name, _, whose = column.rpartition(", ")
             metrics.setdefault(name or column, []).append(whose if name else "")
         first = "".join(
-            f'<th{_span(len(whose))} style="text-align:center">{html.escape(heading(name))}</th>'
+            f'<th{_span(len(whose))} style="text-align:center">{html.escape(heading(name) if whose[0] else name)}</th>'
             for name, whose in metrics.items()
         )
         both = any("paper" in whose for whose in metrics.values())
@@ -61,7 +68,8 @@ class Shown(pd.DataFrame):
                 across = len(self.columns) + 1
                 lines.append(f'<tr><th{_span(across)} style="text-align:left"><em>{family}</em></th></tr>\n')
             inner = "".join(
-                f"<td>{_cell(str(text), best.get(place) == number)}</td>" for place, text in enumerate(cells)
+                f'<td style="white-space:nowrap">{_cell(str(text), best.get(place) == number)}</td>'
+                for place, text in enumerate(cells)
             )
             lines.append(f'<tr><th style="text-align:left">{html.escape(str(label))}</th>{inner}</tr>\n')
         return "".join(lines)
@@ -84,7 +92,7 @@ def _best(column: pd.Series) -> int:
 def _cell(text: str, bold: bool) -> str:
     value, separator, interval = html.escape(text).partition(" [")
     value = f"<b>{value}</b>" if bold else value
-    return f'{value} <small style="color:gray; white-space:nowrap">[{interval}</small>' if separator else value
+    return f'{value} <small style="color:gray">[{interval}</small>' if separator else value
 
 
 @dataclass(frozen=True)
