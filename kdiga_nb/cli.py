@@ -674,7 +674,7 @@ PUBLISHED = "digits, cifar10_cpu, …"
 
 
 @store_app.command("pull")
-def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
+def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
     """Copy a scale's published runs into the run store; what is there stays."""
     from kdiga_nb.params import scales
     from kdiga_nb.runs import StoreError, shipped
@@ -688,7 +688,7 @@ def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}"
 
 
 @store_app.command("verify")
-def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")]) -> None:
+def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
     """Check the sha256 of every published file of a scale."""
     from kdiga_nb.params import scales
     from kdiga_nb.runs import StoreError, shipped

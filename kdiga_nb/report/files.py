@@ -28,6 +28,8 @@ class ReproductionError(RuntimeError):
 def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
     """Train and measure what the store lacks, with a progress bar, over ``workers`` processes (default: one per core).
 
+    Published runs (``kdiga store pull``) are counted in a line, so that they are not taken for trainings made here.
+
     Raises:
         ReproductionError: a job failed; everything that could be finished is in the store.
     """
@@ -43,7 +45,14 @@ def reproduce(experiment: Experiment, *, workers: int | None = None) -> Outcome:
         outcome = run_all(jobs, workers=workers, device=experiment.params.device, progress=progress)
     if outcome.failed:
         raise ReproductionError("; ".join(outcome.causes))
+    if published := published_runs(experiment):
+        print(f"{published} runs of this page are published ones, not trained here")
     return outcome
+
+
+def published_runs(experiment: Experiment) -> int:
+    """How many of an experiment's runs came from ``kdiga store pull``."""
+    return sum(is_published(run) for row in experiment.rows for run in row.runs)
 
 
 def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Figure) -> None:
@@ -82,7 +91,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "seconds": {"training": round(sum(trained), 1), "measuring": round(sum(measuring), 1)},
         "interval": INTERVAL,
         "runs": {row.id: [run_key(run) for run in row.runs] for row in experiment.rows},
-        "published_runs": sum(is_published(run) for row in experiment.rows for run in row.runs),
+        "published_runs": published_runs(experiment),
         "notes": {row.id: row.note for row in experiment.rows if row.note},
     }
 

@@ -9,11 +9,15 @@ import torch
 from typer.testing import CliRunner
 
 from kdiga_nb import paths
+from kdiga_nb.artifacts.table import Cell, Experiment, Row
 from kdiga_nb.cli import app
 from kdiga_nb.data import load_data
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import ST
+from kdiga_nb.params import Table1Params, at_scale
+from kdiga_nb.report import reproduce
 from kdiga_nb.runs import StoreError, shipped
+from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import Run, folder, run_key
 from kdiga_nb.runs.store import damage, halve_weights, is_finished, load_or_train, measure, measured
@@ -59,6 +63,14 @@ def test_a_run_without_weights_serves_tables_and_is_trained_again_for_its_net(pu
     load_or_train(BARE, device="cpu")
     assert damage(BARE) is None and measured(BARE, CLEAN) is None
     assert len(list(paths.runs().glob(f"{run_key(BARE)}.damaged-*"))) == 1
+
+
+def test_a_notebook_counts_published_runs(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row("st", "ST", (NET,), (Cell("clean", (Job(NET, CLEAN),)),))
+    experiment = Experiment("table1", "Table 1", (row,), at_scale(Table1Params, "smoke"))
+    shipped.pull("smoke")
+    reproduce(experiment)
+    assert capsys.readouterr().out == "1 runs of this page are published ones, not trained here\n"
 
 
 def test_what_the_store_has_is_left_as_it_is(published: Path) -> None:
