@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from kdiga_nb import metrics, runs
+from kdiga_nb import metrics, paths, runs
 from kdiga_nb.artifacts.explore import Point, explore, explored
 from kdiga_nb.artifacts.paper import table1, table4
 from kdiga_nb.data import load_data
@@ -29,7 +30,7 @@ from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, ancestors
 from kdiga_nb.runs.store import is_finished, load_or_train, measured
-from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, table, words
+from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, missions, table, words
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
@@ -618,3 +619,32 @@ def test_without_measurements_the_finder_says_so(small: ExploreParams):
     image, text = find(State.start(small), "both")
     assert image is None and "no PGD measurement" in text
     assert find(State.start(small), "margin") == (None, "The store has no KDIGA net with this weight and seed.")
+
+
+# ---- guess first ----
+
+
+def test_missions_have_the_tables_answers() -> None:
+    params = at_scale(ExploreParams, "digits")
+    published = pd.read_csv(paths.published("digits") / "explore.csv")
+
+    def number(row: str, metric: str) -> float:
+        return published.loc[(published["row"] == row) & (published["metric"] == metric), "value"].iloc[0]
+
+    broken, edge, loops = missions(params, published).every
+    assert number("kd", "pgd20") > 50 > number("kd", "pgd20@0.15") and number("kdiga_1_5", "pgd20@0.15") > 50
+    assert f"KD ε = 0.15 ({number('kd', 'pgd20@0.15'):.1f} %)" in broken.answer
+    assert f"KDIGA ε = 0.2 ({number('kdiga_1_5', 'pgd20@0.2'):.1f} %)" in broken.answer
+    weights = {0.5: "kdiga_0_5", 1.5: "kdiga_1_5", 8.0: "kdiga_8", 32.0: "kdiga_32"}
+    best = max(weights, key=lambda weight: number(weights[weight], "pgd20"))
+    assert edge.answer.startswith(f"λ = {best:g} has {number(weights[best], 'pgd20'):.1f} %")
+    one, six = number("isd_wot_1", "pgd20"), number("isd_wot_6", "pgd20")
+    assert f"{'more' if six > one else 'less'} robust: {six:.1f} % against {one:.1f} %" in loops.answer
+
+
+def test_missions_fold_their_answers_and_say_what_is_not_measured() -> None:
+    params = at_scale(ExploreParams, "digits")
+    empty = pd.DataFrame(columns=["row", "metric", "value"])
+    page = missions(params, empty)
+    assert page._repr_html_().count("<details>") == 3
+    assert ["ot measured" in one.answer for one in page.every] == [True] * 3
