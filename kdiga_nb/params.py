@@ -41,6 +41,7 @@ VIEWS = {
     "glance": "at a glance",
     "lambda": "λ_IGA: the trade-off",
     "epsilon": "ε: under attack",
+    "film": "attack film",
     "loops": "ISD loops",
     "image": "one image",
 }

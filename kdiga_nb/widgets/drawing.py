@@ -29,6 +29,7 @@ from kdiga_nb.widgets.fast_axes import FastCanvas, name_ticks, set_ticks
 from kdiga_nb.widgets.views import (
     Array,
     Facet,
+    Film,
     Glance,
     GradientMaps,
     Loops,
@@ -70,6 +71,8 @@ def draw(data: ViewData) -> Figure:
                 _draw_trade_off(figure, data)
             case UnderAttack():
                 _draw_under_attack(figure, data)
+            case Film():
+                _draw_film(figure, data)
             case Loops():
                 _draw_loops(figure, data)
             case OneImage():
@@ -354,6 +357,52 @@ def _draw_probabilities(axes: Axes, probabilities: Array, label: str, named: boo
     set_ticks(axes)
 
 
+# ---- the attack film ----
+
+
+def _draw_film(figure: Figure, data: Film) -> None:
+    """The image, its change and the attacked image at one step; the loss so far; the belief before and now."""
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.11, top=0.92)
+    grid = figure.add_gridspec(2, 3, height_ratios=(1.25, 1), hspace=0.38, wspace=0.24)
+    pictures = [figure.add_subplot(grid[0, column]) for column in range(3)]
+    loss, belief = figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2])
+    for axes in pictures:
+        _bare(axes)
+    pictures[0].imshow(data.clean, cmap="gray", vmin=0, vmax=1)
+    pictures[0].set_title(f"image {data.state.image}: {data.state.class_name(data.label)}")
+    if not len(data.frames):
+        _note(loss, "this net is not in the store")
+        for axes in (loss, belief):
+            _bare(axes)
+        return
+    step, epsilon = data.step, data.state.epsilon
+    scale = 0.5 / epsilon if epsilon else 1.0
+    pictures[1].imshow((0.5 + scale * (data.frames[step] - data.clean)).clip(0, 1), cmap="gray", vmin=0, vmax=1)
+    pictures[1].set_title(f"change × {scale:.3g}, step {step} of {len(data.frames) - 1}")
+    pictures[2].imshow(data.frames[step], cmap="gray", vmin=0, vmax=1)
+    answer = int(data.beliefs[1 + step].argmax())
+    wrong: dict[str, Any] = {} if answer == data.label else {"color": PALETTE[3], "fontweight": "bold"}
+    verdict = "still" if answer == data.label else "now"
+    pictures[2].set_title(f"attacked, ε = {radius_text(epsilon)}: {verdict} {data.state.class_name(answer)}", **wrong)
+    _draw_losses(loss, data)
+    _draw_probabilities(belief, data.beliefs[[0, 1 + step]], "class")
+    belief.legend(loc="upper left", ncols=2, bbox_to_anchor=(-0.02, 1.16))
+
+
+def _draw_losses(axes: Axes, data: Film) -> None:
+    """Cross-entropy after each step: past steps in full, later ones pale; a cross where the net is first fooled."""
+    steps = np.arange(len(data.losses))
+    axes.plot(steps, data.losses, color="0.8", linewidth=1.3)
+    axes.plot(steps[: data.step + 1], data.losses[: data.step + 1], color=PALETTE[0], linewidth=1.6)
+    axes.plot([data.step], [data.losses[data.step]], "o", color=PALETTE[0])
+    if data.fooled is not None:
+        axes.plot([data.fooled], [data.losses[data.fooled]], "x", color=PALETTE[3], markersize=9, markeredgewidth=2)
+    highest = max(float(data.losses.max()), 1e-3)
+    axes.set(xlim=(-0.4, len(steps) - 0.6), ylim=(-0.04 * highest, 1.12 * highest), xlabel="step")
+    axes.set_title("loss (nats), step by step" + ("" if data.fooled is None else f" (×: fooled at step {data.fooled})"))
+    set_ticks(axes)
+
+
 # ---- loops ----
 
 
@@ -500,6 +549,10 @@ def table(data: ViewData) -> pd.DataFrame:
             )
         case TradeOff() | UnderAttack():
             return _accuracy_table(data.nets)
+        case Film():
+            answers = [data.state.class_name(int(belief.argmax())) for belief in data.beliefs[1:]]
+            lines = {"loss (nats)": [f"{loss:.3f}" for loss in data.losses], "answer": answers}
+            return pd.DataFrame(lines).rename_axis("step")
         case Loops():
             return _accuracy_table([net for nets in data.chains.values() for net in nets])
         case OneImage():

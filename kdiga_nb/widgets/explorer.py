@@ -72,6 +72,12 @@ HELP = {
         "now and knows the student. Right: predictions of student and teacher for the first image; the teacher gets "
         "the image that was attacked on the student."
     ),
+    "film": (
+        "PGD on one image, step by step; step 0 is its random start. Above: the image, its magnified change (grey: "
+        "none, white: brighter, black: darker) and the attacked image. Below: the loss after each step, with a cross "
+        "where the net is first fooled, and the probabilities of the clean image and at this step. Play runs through "
+        "the steps."
+    ),
     "loops": (
         "The student of each loop is the teacher of the next loop. Left: accuracy per loop, with dropout before the "
         "last layer (solid) and without (dotted). Middle: the local linearity measure of Definition 2; 0 means that "
@@ -90,12 +96,13 @@ CONTROLS = {
     "glance": ("epsilon", "image", "lambda_iga"),
     "lambda": ("lambda_iga",),
     "epsilon": ("epsilon", "image", "method", "lambda_iga", "loop", "dropout"),
+    "film": ("epsilon", "step", "image", "method", "lambda_iga", "loop", "dropout"),
     "loops": ("loop", "image", "chain", "dropout"),
     "image": ("image", "epsilon", "method", "lambda_iga", "loop", "dropout"),
 }
 
 
-OWN = ("epsilon", "image", "method", "chain", "lambda_iga", "loop", "dropout")  # shown by some views only
+OWN = ("epsilon", "step", "image", "method", "chain", "lambda_iga", "loop", "dropout")  # shown by some views only
 GLOSSARY = {
     "ST": "standard training on the labels",
     "KD": "knowledge distillation: the student also matches the teacher's predictions",
@@ -180,7 +187,9 @@ class Explorer:
             control.observe(lambda change, name=name: self._changed(name), names="value")
         wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
         head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=wrap)
-        own = [self.controls[name] for name in OWN]
+        self.play = ipw.Play(min=0, max=self.params.pgd_steps, interval=250, description="play the attack")
+        ipw.jslink((self.play, "value"), (self.controls["step"], "value"))
+        own = [self.play, *(self.controls[name] for name in OWN)]
         # Of fixed height: the figure then keeps its place when the view changes.
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
@@ -206,6 +215,7 @@ class Explorer:
             "seed": ipw.Dropdown(options=seeds, description="seed", **_place(NARROW)),
             "lambda_iga": ipw.SelectionSlider(options=self._weights(), description="λ_IGA", **_slider()),
             "epsilon": ipw.SelectionSlider(options=self._radii(), description="ε", **_place(WIDE)),
+            "step": ipw.IntSlider(min=0, max=self.params.pgd_steps, description="step", **_place(WIDE)),
             "loop": ipw.IntSlider(min=1, max=self._last_loop(), description="loop", **_slider()),
             "image": ipw.IntSlider(min=0, max=self._images() - 1, description="image", **_slider()),
             "chain": ipw.Dropdown(
@@ -271,6 +281,7 @@ class Explorer:
             self.controls["lambda_iga"].options = self._weights()
             self.controls["epsilon"].options = self._radii()
             self.controls["loop"].max, self.controls["image"].max = self._last_loop(), self._images() - 1
+            self.controls["step"].max = self.play.max = self.params.pgd_steps
         finally:
             self._busy = False
         self._take(self._state)
@@ -307,6 +318,7 @@ class Explorer:
         for name in OWN:
             self.controls[name].layout.display = "flex" if name in CONTROLS[state.view] else "none"
         self.controls["compare"].layout.display = "flex" if state.view == "epsilon" else "none"
+        self.play.layout.display = "flex" if state.view == "film" else "none"
         self.finders.layout.display = "flex" if "image" in CONTROLS[state.view] else "none"
         chain = state.method in CHAINS or state.view == "loops"
         self.controls["lambda_iga"].disabled = state.view not in ("glance", "lambda") and state.method != "kdiga"

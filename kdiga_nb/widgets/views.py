@@ -19,7 +19,7 @@ from kdiga_nb.artifacts.explore import CHAINS, Point, explored, reference_teache
 from kdiga_nb.artifacts.table import Row
 from kdiga_nb.attacks.gradient import ball, evaluation_pgd
 from kdiga_nb.data import CLASS_NAMES, load_data
-from kdiga_nb.losses import input_gradient
+from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound, loss_surface
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import computing
@@ -47,6 +47,7 @@ class State:
         student: the architecture of the net.
         image: index of a test image.
         epsilon: radius of the attack computed in the view, in pixels of [0, 1].
+        step: step of the attack that the film shows; 0: its random start.
         chain: the self-distillation of the loop view; the other views keep ``method``.
         compare: methods whose curves are drawn for comparison.
     """
@@ -59,6 +60,7 @@ class State:
     image: int = 0
     lambda_iga: float = 1.5
     epsilon: float = 0.1
+    step: int = 0
     loop: int = 1
     dropout: bool = True
     chain: str = "isd_wot"
@@ -232,6 +234,37 @@ class UnderAttack:
 
 
 @dataclass(frozen=True)
+class Film:
+    """The film view: PGD on one image, step by step; empty arrays if the net is not in the store.
+
+    Attributes:
+        clean: the image (H, W) or (H, W, 3).
+        frames: the image after each step (S + 1, H, W) or (S + 1, H, W, 3), the random start first.
+        losses: cross-entropy (S + 1,) in nats.
+        beliefs: probabilities (S + 2, N): of the clean image, then after each step.
+    """
+
+    state: State
+    chosen: NetView
+    label: int
+    clean: Array
+    frames: Array
+    losses: Array
+    beliefs: Array
+
+    @property
+    def step(self) -> int:
+        """The step that is shown."""
+        return min(self.state.step, len(self.frames) - 1)
+
+    @property
+    def fooled(self) -> int | None:
+        """The first step after which the answer is wrong."""
+        wrong = np.flatnonzero(self.beliefs[1:].argmax(1) != self.label)
+        return int(wrong[0]) if len(wrong) else None
+
+
+@dataclass(frozen=True)
 class GradientMaps:
     """Input gradients (H, W) of student and teacher at one image; their cosine at the image and its mean."""
 
@@ -279,7 +312,7 @@ class OneImage:
     surfaces: tuple[Surface, Surface] | None = None
 
 
-ViewData = Glance | TradeOff | UnderAttack | Loops | OneImage
+ViewData = Glance | TradeOff | UnderAttack | Film | Loops | OneImage
 
 
 def compute(state: State) -> ViewData:
@@ -373,6 +406,20 @@ def _under_attack(state: State) -> UnderAttack:
     student, teacher, name = _pair(state, chosen.run)
     gallery = None if student is None or teacher is None else _gallery(state, student, teacher, name)
     return UnderAttack(state, tuple(nets.values()), chosen, gallery)
+
+
+def _film(state: State) -> Film:
+    chosen = net(state.row(), state.point)
+    model = stored_net(chosen.run, load_data(state.params.dataset).image_shape)
+    x, y = _images(state, 1)
+    clean, none = _pixels(x)[0], np.zeros((0,))
+    if model is None:
+        return Film(state, chosen, int(y), clean, none, none, none)
+    frames = torch.cat(attack_at(model, x, y, (state.epsilon,), state.params.pgd_steps))
+    with torch.no_grad():
+        logits = model(torch.cat([x, frames]))
+    losses = cross_entropy(logits[1:], y.expand(len(frames)))
+    return Film(state, chosen, int(y), clean, _pixels(frames), losses.numpy(), logits.softmax(1).numpy())
 
 
 def _pair(state: State, run: Run) -> tuple[nn.Module | None, nn.Module | None, str]:
@@ -495,6 +542,7 @@ _COMPUTE: dict[str, Callable[[State], ViewData]] = {
     "glance": _glance,
     "lambda": _trade_off,
     "epsilon": _under_attack,
+    "film": _film,
     "loops": _loops,
     "image": _one_image,
 }
@@ -531,6 +579,8 @@ def words(data: ViewData) -> str:
             parts += _accuracies(chosen, state)
         case UnderAttack():
             parts += [*_accuracies(chosen, state), *_here(chosen, state), *_gallery_words(data)]
+        case Film():
+            parts += _film_words(data) if len(data.frames) else []
         case Loops():
             parts += [*_accuracies(chosen, state), *_map_words(data)]
         case OneImage():
@@ -621,6 +671,18 @@ def _gallery_words(data: UnderAttack) -> list[str]:
     return [
         f"attacked now at {_at(data.state)}: {correct} of {len(gallery.labels)} images still right",
         f"image {data.state.image}: P({name}) {before:.2f} → {after:.2f}",
+    ]
+
+
+def _film_words(data: Film) -> list[str]:
+    belief, label = data.beliefs[1 + data.step], data.state.class_name(data.label)
+    answer = data.state.class_name(int(belief.argmax()))
+    ends = "never fooled" if data.fooled is None else f"fooled from step {data.fooled} on"
+    return [
+        f"image {data.state.image}, a {label}, attacked at {_at(data.state)}",
+        f"step {data.step} of {len(data.frames) - 1}: loss {data.losses[data.step]:.2f} nats, P({label}) "
+        f"{data.beliefs[0, data.label]:.2f} → {belief[data.label]:.2f}, answer {answer}",
+        ends,
     ]
 
 

@@ -35,7 +35,7 @@ from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
 from kdiga_nb.widgets.finding import find
-from kdiga_nb.widgets.views import SURFACE, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
+from kdiga_nb.widgets.views import SURFACE, Film, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
 
 each_view = pytest.mark.parametrize("view", VIEWS)
 LONG = {"isd_epochs": 25}  # a loop that is cut short
@@ -293,6 +293,9 @@ MOVES: list[tuple[str, str, Any]] = [
     ("epsilon", "image", 4),
     ("epsilon", "method", "trades_student"),
     ("epsilon", "compare", ("st",)),
+    ("film", "step", 1),
+    ("film", "epsilon", 0.2),
+    ("film", "image", 4),
     ("loops", "loop", 2),
     ("loops", "chain", "isd_wit"),
     ("loops", "dropout", False),
@@ -648,3 +651,32 @@ def test_missions_fold_their_answers_and_say_what_is_not_measured() -> None:
     page = missions(params, empty)
     assert page._repr_html_().count("<details>") == 3
     assert ["ot measured" in one.answer for one in page.every] == [True] * 3
+
+
+# ---- the attack film ----
+
+
+def test_the_film_is_the_attack_of_the_other_views_step_by_step(small: ExploreParams, store: Path):
+    state = State.start(small, view="film", image=2, step=small.pgd_steps)
+    film = compute(state)
+    assert isinstance(film, Film)
+    model = load_or_train(state.row().runs[0], device="cpu")
+    test = load_data(small.dataset).test
+    x, y = test.images[2:3], test.labels[2:3]
+    frames = attack_at(model, x, y, (state.epsilon,), small.pgd_steps)
+    assert len(film.frames) == small.pgd_steps + 1 and film.step == small.pgd_steps
+    np.testing.assert_allclose(film.frames[-1], frames[-1][0, 0].numpy(), atol=1e-6)
+    losses = [cross_entropy(model(frame), y).item() for frame in frames]
+    np.testing.assert_allclose(film.losses, losses, rtol=1e-4, atol=1e-5)
+    answers = [int(model(frame).argmax()) for frame in frames]
+    expected = next((step for step, answer in enumerate(answers) if answer != int(y)), None)
+    assert film.fooled == expected
+    assert list(table(film)["answer"]) == [str(answer) for answer in answers]
+    assert words(compute(replace(state, step=0))) != words(film)
+
+
+def test_play_belongs_to_the_film_alone(small: ExploreParams, store: Path):
+    explorer = Explorer(small.model_copy(update={"show_view": "film"}))
+    assert explorer.play.layout.display == "flex" and explorer.play.max == small.pgd_steps
+    explorer.controls["view"].value = "epsilon"
+    assert explorer.play.layout.display == "none"
