@@ -316,8 +316,7 @@ def train(
     _check_sources(todo)
     experiments: dict[str, Experiment | None] = {name: experiment}
     with ExitStack() as stack:
-        distributed.join()
-        stack.callback(distributed.leave)
+        stack.enter_context(distributed.process_group())
         workers = jobs or default_workers(experiment.params.device)
         outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
         if distributed.rank() > 0:

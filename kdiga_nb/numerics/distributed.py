@@ -7,7 +7,8 @@ batch therefore compute what one process computes on the whole batch.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,23 +34,24 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def join() -> None:
+@contextmanager
+def process_group() -> Iterator[None]:
     """Join the process group if torchrun started this process: NCCL for tensors on a GPU, gloo for those on the CPU.
 
     Rank 0 may wait for hours until another job has trained a run that it needs. The other ranks wait for rank 0;
-    torchrun ends them if it dies.
+    torchrun ends them if it dies. After success the ranks leave together: a rank that goes first can abort the rest.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
         return
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(days=30))
-
-
-def leave() -> None:
-    """Leave the process group, if this process is in one."""
-    if world_size() > 1:
+    try:
+        yield
+        dist.barrier()
+    finally:
         dist.destroy_process_group()
 
 

@@ -185,8 +185,7 @@ class Explorer:
             button.on_click(lambda _, kind=kind: self.export(kind))
         for name, control in self.controls.items():
             control.observe(lambda change, name=name: self._changed(name), names="value")
-        wrap = ipw.Layout(flex_flow="row wrap", align_items="center")
-        head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=wrap)
+        head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=_wrapped())
         self.play = ipw.Play(min=0, max=self.params.pgd_steps, interval=250, description="play the attack")
         ipw.jslink((self.play, "value"), (self.controls["step"], "value"))
         own = [self.play, *(self.controls[name] for name in OWN)]
@@ -194,9 +193,10 @@ class Explorer:
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
         actions = ipw.HBox(
-            [self.train_button, self.autoattack, self.cancel_button, self.bar, *self.exports.values()], layout=wrap
+            [self.train_button, self.autoattack, self.cancel_button, self.bar, *self.exports.values()],
+            layout=_wrapped(),
         )
-        self.finders = ipw.HBox([ipw.Label("find an image:"), *self.finds.values()], layout=wrap)
+        self.finders = ipw.HBox([ipw.Label("find an image:"), *self.finds.values()], layout=_wrapped())
         parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.picture]
         parts += [self.controls["compare"], actions, self.status, self.help]
         self.widget = ipw.VBox(parts)
@@ -525,6 +525,11 @@ def _unused(path: Path) -> Path:
 def _place(width: str, description: str = "70px") -> dict[str, Any]:
     """Style and layout of one control; a separate layout lets each control be hidden alone."""
     return {"style": {"description_width": description}, "layout": ipw.Layout(width=width)}
+
+
+def _wrapped() -> ipw.Layout:
+    """Layout of one row that wraps; a shared one would hide all rows with the first."""
+    return ipw.Layout(flex_flow="row wrap", align_items="center")
 
 
 def _slider() -> dict[str, Any]:

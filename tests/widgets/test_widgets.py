@@ -363,7 +363,7 @@ def test_another_scale_is_another_parameter_file(small: ExploreParams, store: Pa
     explorer.controls["scale"].value = "digits"
     assert explorer.state.params == DIGITS
     assert "--scale digits" in status_of(explorer)
-    assert explorer.controls["seed"].options == (0, 1, 2)
+    assert explorer.controls["seed"].options == tuple(DIGITS.seeds)
 
 
 def test_a_scale_without_data_leaves_everything_as_it_was(
