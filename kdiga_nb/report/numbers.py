@@ -108,9 +108,9 @@ def best(table: pd.DataFrame, rows: Sequence[str], metric: str) -> str:
     return max(rows, key=lambda row: value(table, row, metric))
 
 
-def claim(text: str, holds: bool) -> None:
-    """Print a claim and whether the numbers support it; the notebooks' tests compare this line."""
-    print(f"{'holds' if holds else 'does not hold'}: {text}")
+def claim(text: str, holds: bool | None) -> None:
+    """Print a claim and whether the numbers support it (None: not measured); the notebooks' tests compare this line."""
+    print(f"{'not measured' if holds is None else 'holds' if holds else 'does not hold'}: {text}")
 
 
 def flags(experiment: Experiment) -> pd.DataFrame:

@@ -6,7 +6,7 @@
 
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError
 from kdiga_nb.runs.graph import Job, Outcome, Progress, default_workers, do, end_with_parent, graph_of, run_all, title
-from kdiga_nb.runs.listing import epochs_done, export, list_store, stored
+from kdiga_nb.runs.listing import epochs_done, export, history_so_far, list_store, stored
 from kdiga_nb.runs.run import RESULTS_VERSION, Run, Source, ancestors, describe, folder, measure_name, run_key
 from kdiga_nb.runs.store import (
     SAVE_SECONDS,

@@ -12,7 +12,7 @@ from kdiga_nb import paths
 from kdiga_nb.measures import Measure
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of, rounded
 from kdiga_nb.runs.run import Run, folder
-from kdiga_nb.runs.store import measure, measures_of, read_history, write_file, write_json
+from kdiga_nb.runs.store import is_finished, measure, measures_of, read_history, write_file, write_json
 
 
 def stored(key: str) -> Checkpoint:
@@ -83,6 +83,14 @@ def epochs_done(run: Run) -> int:
     """The number of epochs in the checkpoint of an unfinished run."""
     record = _unfinished(folder(run))
     return 0 if record is None else int(record["epoch"])
+
+
+def history_so_far(run: Run) -> list[dict[str, float]]:
+    """The training curve, one row per epoch; of an unfinished run, up to its last checkpoint."""
+    if is_finished(run):
+        return read_history(folder(run))
+    record = _unfinished(folder(run))
+    return [] if record is None else record["rows"]
 
 
 def list_store() -> list[dict[str, Any]]:

@@ -2,30 +2,54 @@
 
 The process writes to the run store; the kernel reads the progress from the store. Cancelling ends the process, and the
 process also ends if the kernel dies. In both cases the next training continues from the last epoch.
+
+Starting Python and importing PyTorch takes seconds. ``warm_up`` does so before the first click: a server process
+imports this module and then forks for each training.
 """
 
 import contextlib
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from typing import Any
 
 from kdiga_nb.runs.graph import Job, end_with_parent, run_all
 from kdiga_nb.runs.listing import epochs_done
-from kdiga_nb.runs.run import ancestors
+from kdiga_nb.runs.run import Run, ancestors
 from kdiga_nb.runs.store import is_finished, load_or_train
+
+# A process forked from the kernel would inherit torch's threads and the kernel's sockets; the server has neither.
+_CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+
+
+def warm_up() -> None:
+    """Start the server that trainings are forked from; it imports what they need while the reader looks around."""
+    if sys.platform != "win32":
+        _CONTEXT.set_forkserver_preload([__name__])
+        forkserver.ensure_running()
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Progress of a training: epochs and measurements done and in total, seconds so far, seconds left if known."""
+    """Progress of a training.
+
+    Attributes:
+        done, total: epochs and measurements.
+        seconds, seconds_left: so far; and to the end, None until that is known.
+        run, epoch: the first unfinished training and its finished epochs; None when only measurements are left.
+    """
 
     done: int
     total: int
     seconds: float
     seconds_left: float | None
+    run: Run | None
+    epoch: int
 
 
 class Training:
@@ -37,16 +61,16 @@ class Training:
 
     def __init__(self, jobs: Sequence[Job], device: str) -> None:
         """Start the jobs and the trainings that they depend on."""
+        warm_up()
         self._runs = [run for run in ancestors(job.run for job in jobs) if not is_finished(run)]
         self._measures = [job for job in jobs if job.measure is not None and not job.is_done()]
         self._total = sum(run.schedule.epochs for run in self._runs) + len(self._measures)
         self._before = self._done()
         self._started = time.perf_counter()
         self.cancelled = False
-        # A forked process would inherit torch's threads and the kernel's sockets.
-        context = multiprocessing.get_context("spawn")
-        self._report, writer = context.Pipe(duplex=False)
-        self._process = context.Process(target=_work, args=(list(jobs), device, writer), daemon=True)
+        self._report, writer = _CONTEXT.Pipe(duplex=False)
+        arguments = list(jobs), device, writer, dict(os.environ)
+        self._process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
         writer.close()
 
@@ -60,7 +84,8 @@ class Training:
         done, seconds = self._done(), time.perf_counter() - self._started
         new = done - self._before
         left = seconds / new * (self._total - done) if new else None
-        return TrainingProgress(done, self._total, seconds, left)
+        run = next((run for run in self._runs if not is_finished(run)), None)
+        return TrainingProgress(done, self._total, seconds, left, run, 0 if run is None else epochs_done(run))
 
     @property
     def is_running(self) -> bool:
@@ -83,8 +108,10 @@ class Training:
         return [f"the training process ended with status {self._process.exitcode}"] if reasons is None else reasons
 
 
-def _work(jobs: list[Job], device: str, report: Connection) -> None:
+def _work(jobs: list[Job], device: str, report: Connection, environment: dict[str, str]) -> None:
     """In the other process: run the jobs, then report the failures."""
+    os.environ.clear()
+    os.environ.update(environment)  # the server has the variables of its own start
     end_with_parent()
     os.nice(5)  # the kernel has priority, so that the page stays responsive
     # Damage shows only on loading; load_or_train then sets the run aside and trains again.

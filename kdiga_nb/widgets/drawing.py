@@ -265,6 +265,7 @@ def _draw_curves(axes: Axes, data: TradeOff) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter("{x:g}")  # plain numbers: the default draws powers of ten as formulas, which is slow
     axes.set(xlabel="epoch", ylabel="weighted term, mean over the epoch (nats)")
+    axes.set_xlim(0.5, data.chosen.run.schedule.epochs + 0.5)  # the curve grows while the net trains
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend()
     set_ticks(axes, grid=True)

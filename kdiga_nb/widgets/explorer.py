@@ -24,10 +24,10 @@ from kdiga_nb.data import DataError, load_data
 from kdiga_nb.models import MODELS
 from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, ParameterError, at_scale, radius_text, scales
 from kdiga_nb.runs import StoreError
-from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.graph import Job, title
 from kdiga_nb.runs.run import Run
 from kdiga_nb.runs.store import is_finished
-from kdiga_nb.widgets.background import Training, TrainingProgress
+from kdiga_nb.widgets.background import Training, TrainingProgress, warm_up
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
 from kdiga_nb.widgets.finding import FINDS, find
 from kdiga_nb.widgets.views import State, ViewData, compute, details, glance_points, is_empty, missing, words
@@ -143,6 +143,7 @@ class Explorer:
         self._busy = False  # True while code sets the controls: handlers then do nothing
         self._lock = threading.RLock()  # the thread that watches a training redraws at the end
         _freeze_garbage()
+        warm_up()
         self._build()
         self._take(self._state)
         self.refresh()
@@ -449,8 +450,12 @@ class Explorer:
 
     def _watch(self, training: Training) -> None:
         pause = threading.Event()
+        drawn = training.progress.done
         while training.is_running:
-            self._report(training.progress)
+            self._report(progress := training.progress)
+            if progress.done != drawn and self._state.view == "lambda" and self._state == self._trained:
+                drawn = progress.done
+                self.refresh()  # the training curve grows
             pause.wait(POLL_SECONDS)
         failures = training.failures()
         done = training.progress
@@ -472,8 +477,11 @@ class Explorer:
     def _report(self, progress: TrainingProgress) -> None:
         self.bar.max, self.bar.value = max(progress.total, 1), progress.done
         left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
-        steps = f"{progress.done} of {progress.total} epochs and measurements"
-        self._say(f"Training {self._name(self._trained)}: {steps}, {progress.seconds:.0f} s so far{left}.")
+        step = f"measuring, {progress.done} of {progress.total} steps"
+        if progress.run is not None:
+            first = "" if progress.run == self._trained.row().runs[0] else f"first {title(Job(progress.run))}: "
+            step = f"{first}epoch {progress.epoch} of {progress.run.schedule.epochs}"
+        self._say(f"Training {self._name(self._trained)}: {step}, {progress.seconds:.0f} s so far{left}.")
 
     # ---- export ----
 

@@ -389,7 +389,7 @@ def _trade_off(state: State) -> TradeOff:
     chosen = nets[points.index(state.point)]
     row = state.row()
     curves: dict[str, list[float]] = {}
-    for line in runs.history(chosen.run) if chosen.trained else []:
+    for line in runs.history_so_far(chosen.run):
         for name, number in line.items():
             curves.setdefault(name, []).append(number)
     return TradeOff(state, nets, chosen, curves, row.weights or (0.0, 0.0))

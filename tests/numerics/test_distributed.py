@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -26,8 +25,8 @@ from kdiga_nb.models import build_model
 from kdiga_nb.numerics import distributed
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.paths import PARAMS, ROOT
-from kdiga_nb.runs.listing import epochs_done
-from kdiga_nb.runs.run import Run, folder
+from kdiga_nb.runs.listing import epochs_done, history_so_far
+from kdiga_nb.runs.run import folder
 from kdiga_nb.runs.store import history, is_finished, load_or_train
 from kdiga_nb.training import Schedule, train, train_step
 
@@ -297,11 +296,6 @@ def test_a_killed_rank_ends_the_job_and_one_process_takes_it_up(
     # What two processes had done was not done again.
     assert [row["cross_entropy"] for row in history(run)[:done]] == [row["cross_entropy"] for row in saved]
     assert json.loads((folder(run) / "run.json").read_text())["resumed"] == 1
-
-
-def history_so_far(run: Run) -> list[dict[str, float]]:
-    with safetensors.safe_open(folder(run) / "checkpoint.safetensors", framework="pt") as file:
-        return json.loads(file.metadata()["record"])["rows"]
 
 
 def test_torchrun_trains_and_says_so_once(tmp_path: Path) -> None:

@@ -188,8 +188,10 @@ def test_best_row():
     assert report.best(table, ["a", "c"], "clean") == "c"
 
 
-@pytest.mark.parametrize(("holds", "says"), [(True, "holds: it"), (False, "does not hold: it")])
-def test_claim(holds: bool, says: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("holds", "says"), [(True, "holds: it"), (False, "does not hold: it"), (None, "not measured: it")]
+)
+def test_claim(holds: bool | None, says: str, capsys: pytest.CaptureFixture[str]):
     report.claim("it", holds)
     assert capsys.readouterr().out == f"{says}\n"
 

@@ -529,6 +529,18 @@ def test_a_cancelled_training_goes_on_from_its_last_epoch(small: ExploreParams, 
     assert training.progress.done == training.progress.total
 
 
+def test_the_curve_grows_while_the_net_trains(small: ExploreParams, store: Path):
+    params = small.model_copy(update={"epochs": 40})
+    runs.load_or_train(explored(one_seed(params), Point("st")).runs[0])  # else the button trains the smallest set
+    explorer = Explorer(params)
+    explorer.train()
+    wait_until(lambda: isinstance(explorer.data, TradeOff) and bool(explorer.data.curves))
+    assert explorer.training is not None and not is_finished(explorer.state.row().runs[0])
+    assert re.search(r"Training KDIGA, λ = 2, seed 0: epoch \d+ of 40, \d+ s so far", status_of(explorer))
+    explorer.cancel()
+    wait_until(lambda: explorer.training is None)
+
+
 def test_a_damaged_net_is_set_aside_and_trained_again(small: ExploreParams, store: Path):
     explorer = Explorer(small.model_copy(update={"show_view": "image"}))
     home = runs.folder(explorer.state.row().runs[0])
