@@ -262,7 +262,8 @@ class ExploreParams(IsdParams):
 
     section: ClassVar[str] = "explore"
     lambda_penalty: Weight = _knob("control: weight of the gradient penalty without a teacher")
-    sweep: list[Weight] = _knob("further weights of the alignment, trained on the first seed", default=[0.5, 8.0, 32.0])
+    sweep: list[Weight] = _knob("further weights of the alignment", default=[0.5, 8.0, 32.0])
+    sweep_seeds: Count = _knob("on how many of the seeds they are trained", default=1)
     radii: list[Radius] = _knob("further radii at which nets are measured")
     llm_images: Count = _knob("test images of the local linearity measure")
     llm_steps: Count = _knob("steps of its search")

@@ -100,7 +100,7 @@ def reference_teacher(params: Params) -> Nets:
 
 
 def explore(params: ExploreParams) -> Experiment:
-    """What the explorer shows at the start: nets of Tables 1 and 4; KDIGA at further weights on the first seed."""
+    """What the explorer shows at the start: nets of Tables 1 and 4; KDIGA at further weights on fewer seeds."""
     headline = [Point("st"), Point("kd"), Point("kdiga", params.lambda_iga), Point("penalty"), Point("trades_student")]
     headline += [Point("isd_wot", loop=1), Point("isd_wot", loop=params.loops)]
     further = [Point("ard"), Point("kdiga_ard_a"), Point("pgd_student")]
@@ -108,11 +108,11 @@ def explore(params: ExploreParams) -> Experiment:
     further += [Point("isd_wit", loop=loop) for loop in range(1, params.wit_loops + 1)]
     plain = [Point("isd_wot", loop=loop, dropout=False) for loop in range(1, params.loops_without_dropout + 1)]
     plain += [Point("isd_wit", loop=loop, dropout=False) for loop in range(1, params.wit_loops_without_dropout + 1)]
-    first = params.model_copy(update={"seeds": params.seeds[:1]})
+    fewer = params.model_copy(update={"seeds": params.seeds[: params.sweep_seeds]})
     sweep = [Point("kdiga", weight) for weight in params.sweep if weight not in (0, params.lambda_iga)]
     rows = [explored(params, point) for point in headline]
     rows += [explored(params, point, radii=False) for point in further]
     rows += [explored(params, point, radii=False, autoattack=False) for point in plain]
-    rows += [explored(first, point, radii=False, autoattack=False) for point in sweep]
+    rows += [explored(fewer, point, radii=False, autoattack=False) for point in sweep]
     unique = {row.id: row for row in rows}  # of a single loop, the first row is also the last
     return Experiment("explore", "Explore. λ_IGA, ε and loop count by hand", tuple(unique.values()), params)

@@ -208,6 +208,9 @@ def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
     untrained = [place for place, net in places if not net.trained]
     here = data.state.lambda_iga or smallest / 4
     left.axvspan(here / 1.12, here * 1.12, color=PALETTE[4], alpha=0.25, linewidth=0)
+    for metric, band in data.bands.items():
+        x, low, high = zip(*((weight or smallest / 4, low, high) for weight, low, high in band), strict=True)
+        left.fill_between(x, low, high, color=METRICS.get(metric, METRICS["pgd"])[0], alpha=0.2, linewidth=0)
     for metric in ("clean", pgd, "autoattack"):
         _series(left, places, metric, label=metric_name(metric), linestyle="none" if metric == "autoattack" else "-")
     left.plot(untrained, np.full(len(untrained), 1.5), "o", color=GREY, markersize=4.5, markerfacecolor="white")
@@ -216,7 +219,7 @@ def _draw_trade_off(figure: Figure, data: TradeOff) -> None:
     name_ticks(left.xaxis, ticks)
     left.set(ylim=(0, 103), xlim=(smallest / 6, max(weights) * 1.5))
     left.set(xlabel="λ_IGA (0: KD; hollow points: not trained)", ylabel="accuracy (%)")
-    left.set_title(f"Accuracy over λ_IGA, ε = {radius_text(epsilon)}")
+    left.set_title(f"Accuracy over λ_IGA, ε = {radius_text(epsilon)}" + " (band: all seeds)" * bool(data.bands))
     if any(net.accuracies for net in data.nets):
         left.legend(loc="lower right")
     set_ticks(left, grid=True)
@@ -487,10 +490,13 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
         return
     figure.subplots_adjust(left=0.012, right=0.925, bottom=0.115, top=0.87)
     grid = figure.add_gridspec(1, 5, width_ratios=(0.55, 0.8, 0.12, 1.2, 1.2), wspace=0.24)
-    picture = figure.add_subplot(grid[0])
+    rows = GridSpecFromSubplotSpec(2, 1, grid[0], hspace=0.3)
+    picture = figure.add_subplot(grid[0] if data.cloud is None else rows[0])
     picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
     picture.set_title(f"image {data.state.image}, label {data.label}")
     _bare(picture)
+    if data.cloud is not None:
+        _draw_cloud(figure.add_subplot(rows[1]), data, data.cloud)
     _draw_bound(figure.add_subplot(grid[1]), data)
     highest = max(float(surface.loss.max()) for surface in data.surfaces)
     student, teacher = data.surfaces
@@ -509,6 +515,21 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
     scale.set_ylabel("cross-entropy (nats)")
     scale.xaxis.set_major_locator(NullLocator())
     set_ticks(scale)
+
+
+def _draw_cloud(axes: Axes, data: OneImage, cloud: Array) -> None:
+    """Gap and bound of all test images, and of this one."""
+    here, least = np.array([data.gap, sum(data.terms.values())]), 1e-3
+    x, y = np.maximum(cloud, least)
+    axes.plot(x, y, ".", color=GREY, markersize=2.5, alpha=0.5)
+    axes.plot(*np.maximum(here, least), "o", color=PALETTE[4], markersize=7)
+    reach = least / 1.5, 1.5 * float(max(cloud.max(), here.max()))
+    axes.plot(reach, reach, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", yscale="log", xlim=reach, ylim=reach, aspect="equal", xlabel="gap (nats)", ylabel="bound")
+    axes.set_title(f"{cloud.shape[1]} images")
+    name_ticks(axes.xaxis, {0.001: "0.001", 0.1: "0.1", 10.0: "10"})
+    name_ticks(axes.yaxis, {0.001: "0.001", 0.1: "0.1", 10.0: "10"})
+    set_ticks(axes)
 
 
 def _draw_bound(axes: Axes, data: OneImage) -> None:

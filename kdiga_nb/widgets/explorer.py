@@ -30,7 +30,17 @@ from kdiga_nb.runs.store import is_finished
 from kdiga_nb.widgets.background import Training, TrainingProgress, warm_up
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
 from kdiga_nb.widgets.finding import FINDS, find
-from kdiga_nb.widgets.views import State, ViewData, compute, details, glance_points, is_empty, missing, words
+from kdiga_nb.widgets.views import (
+    State,
+    ViewData,
+    comparison,
+    compute,
+    details,
+    glance_points,
+    is_empty,
+    missing,
+    words,
+)
 
 log = logging.getLogger("kdiga")
 
@@ -161,11 +171,17 @@ class Explorer:
     # ---- the controls ----
 
     def _build(self) -> None:
-        self.controls = self._make_controls()
         self.text = ipw.HTML()
         self.status = ipw.HTML()
         self.picture = ipw.HTML()
         self.help = ipw.HTML()
+        self.pinned: State | None = None
+        self.pin_text = ipw.HTML()
+        self.pin_button = ipw.Button(description="Pin this net", icon="thumb-tack", layout=ipw.Layout(width="auto"))
+        self.pin_button.on_click(lambda _: self.pin())
+        self.untrained = ipw.Checkbox(description="untrained weights too", indent=False)
+        self.untrained.layout.width = "180px"
+        self.untrained.observe(lambda _: self._renew_weights(), names="value")
         self.bar = ipw.IntProgress(value=0, min=0, max=1, layout=ipw.Layout(width="220px", visibility="hidden"))
         self.train_button = ipw.Button(description="Train this point", icon="play", disabled=True)
         self.cancel_button = ipw.Button(description="Cancel", icon="stop", disabled=True)
@@ -179,6 +195,7 @@ class Explorer:
         for kind, button in self.finds.items():
             button.layout.width = "auto"
             button.on_click(lambda _, kind=kind: self.find(kind))
+        self.controls = self._make_controls()
         self.train_button.on_click(lambda _: self.train())
         self.cancel_button.on_click(lambda _: self.cancel())
         self.autoattack.observe(lambda _: self._offer(), names="value")
@@ -189,16 +206,20 @@ class Explorer:
         head = ipw.HBox([self.controls[name] for name in ("view", "scale", "student", "seed")], layout=_wrapped())
         self.play = ipw.Play(min=0, max=self.params.pgd_steps, interval=250, description="play the attack")
         ipw.jslink((self.play, "value"), (self.controls["step"], "value"))
-        own = [self.play, *(self.controls[name] for name in OWN)]
+        # The chain seen loop by loop: slow enough to look at the gradient maps.
+        start = {"value": self._state.loop, "min": 1, "max": self._last_loop()}
+        self.loop_play = ipw.Play(**start, interval=1200, description="play the loops")
+        ipw.jslink((self.loop_play, "value"), (self.controls["loop"], "value"))
+        own = [self.play, self.loop_play, *(self.controls[name] for name in OWN), self.untrained]
         # Of fixed height: the figure then keeps its place when the view changes.
         fixed = ipw.Layout(flex_flow="row wrap", align_items="center", align_content="flex-start", min_height="112px")
         self.own = ipw.HBox(own, layout=fixed)
         actions = ipw.HBox(
-            [self.train_button, self.autoattack, self.cancel_button, self.bar, *self.exports.values()],
+            [self.train_button, self.autoattack, self.cancel_button, self.bar, self.pin_button, *self.exports.values()],
             layout=_wrapped(),
         )
         self.finders = ipw.HBox([ipw.Label("find an image:"), *self.finds.values()], layout=_wrapped())
-        parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.picture]
+        parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.pin_text, self.picture]
         parts += [self.controls["compare"], actions, self.status, self.help]
         self.widget = ipw.VBox(parts)
         self.widget.add_class("kdiga-explorer")
@@ -228,7 +249,21 @@ class Explorer:
         }
 
     def _weights(self) -> list[tuple[str, float]]:
-        return [(f"{weight:g}" if weight else "0 (KD)", weight) for weight in self._state.lambdas]
+        """The weights with a trained net and the chosen one, or all weights."""
+        state, shown = self._state, self._state.lambdas
+        trained = [weight for weight in shown if is_finished(state.row(Point("kdiga", weight)).runs[0])]
+        if trained and not self.untrained.value:
+            shown = sorted({*trained, state.lambda_iga})
+        return [(f"{weight:g}" if weight else "0 (KD)", weight) for weight in shown]
+
+    def _renew_weights(self) -> None:
+        """The slider's weights, after a change of the store, the net or the checkbox."""
+        before, self._busy = self._busy, True
+        try:
+            self.controls["lambda_iga"].options = self._weights()
+            self.controls["lambda_iga"].value = self._state.lambda_iga
+        finally:
+            self._busy = before
 
     def _radii(self) -> list[tuple[str, float]]:
         return [(radius_text(radius), radius) for radius in sorted({*self._state.radii, self._state.epsilon})]
@@ -262,6 +297,8 @@ class Explorer:
                 return
             values = {key: control.value for key, control in self.controls.items() if key != "scale"}
             self._take(State(self.params, **values))
+            if name in ("seed", "student"):
+                self._renew_weights()
             self.refresh()
 
     def _change_scale(self, scale: str) -> None:
@@ -279,10 +316,12 @@ class Explorer:
         try:
             self.controls["student"].options = self._students()
             self.controls["seed"].options = sorted({*self.params.seeds, self._state.seed})
-            self.controls["lambda_iga"].options = self._weights()
+            self._renew_weights()
             self.controls["epsilon"].options = self._radii()
             self.controls["loop"].max, self.controls["image"].max = self._last_loop(), self._images() - 1
             self.controls["step"].max = self.play.max = self.params.pgd_steps
+            self.loop_play.max = self._last_loop()
+            self.pinned = None
         finally:
             self._busy = False
         self._take(self._state)
@@ -309,9 +348,26 @@ class Explorer:
                 return
             self._mark_stale(False)
             self._text(shown, details(data))
+            self._compare_with_pinned()
             self._offer()
         # Collect matplotlib's reference cycles now, after the figure is shown, and not while the next one is drawn.
         gc.collect()
+
+    def pin(self) -> None:
+        """Keep the chosen net as the one that the next nets are compared with, or let it go."""
+        self.pinned = self._state if self.pinned is None else None
+        self._compare_with_pinned()
+
+    def _compare_with_pinned(self) -> None:
+        self.pin_button.description = "Pin this net" if self.pinned is None else "Unpin"
+        self.pin_button.disabled = self.pinned is None and not is_finished(self._state.row().runs[0])
+        text = ""
+        if self.pinned is not None:
+            shown = comparison(self._state, self.pinned)
+            text = f"Pinned: {self._name(self.pinned)}." + (
+                f" {self._name(self._state)} against it: {shown}." * bool(shown)
+            )
+        self.pin_text.value = f'<div class="kdiga-pinned" role="status">{html.escape(text)}</div>' if text else ""
 
     def _arrange(self) -> None:
         """Show the controls of the view, and disable those that the chosen method does not use."""
@@ -320,6 +376,8 @@ class Explorer:
             self.controls[name].layout.display = "flex" if name in CONTROLS[state.view] else "none"
         self.controls["compare"].layout.display = "flex" if state.view == "epsilon" else "none"
         self.play.layout.display = "flex" if state.view == "film" else "none"
+        self.loop_play.layout.display = "flex" if state.view == "loops" else "none"
+        self.untrained.layout.display = "flex" if "lambda_iga" in CONTROLS[state.view] else "none"
         self.finders.layout.display = "flex" if "image" in CONTROLS[state.view] else "none"
         chain = state.method in CHAINS or state.view == "loops"
         self.controls["lambda_iga"].disabled = state.view not in ("glance", "lambda") and state.method != "kdiga"
@@ -463,6 +521,7 @@ class Explorer:
             self.training = None
             self.cancel_button.disabled = True
             self.bar.layout.visibility = "hidden"
+            self._renew_weights()
             self.refresh()
             what = self._name(self._trained)
             if training.cancelled:

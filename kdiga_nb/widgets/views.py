@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from kdiga_nb import runs
 from kdiga_nb.artifacts.explore import CHAINS, Point, explored, reference_teacher
-from kdiga_nb.artifacts.table import Row
+from kdiga_nb.artifacts.table import Experiment, Row
 from kdiga_nb.attacks.gradient import ball, evaluation_pgd
 from kdiga_nb.data import CLASS_NAMES, load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
+from kdiga_nb.measures import ImageBounds
 from kdiga_nb.metrics import EVALUATION_SEED, Accuracy, gap_and_bound, loss_surface
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.numerics.scopes import computing
-from kdiga_nb.params import ExploreParams, radius_text
+from kdiga_nb.params import ExploreParams, Prop2Params, at_scale, radius_text
 from kdiga_nb.report.names import metric_name
+from kdiga_nb.report.pairs import compare
 from kdiga_nb.runs.run import Run, run_key
 from kdiga_nb.runs.store import measured
 
@@ -175,6 +177,7 @@ class TradeOff:
     chosen: NetView
     curves: dict[str, list[float]]
     weights: tuple[float, float]  # nominal and effective λ_IGA
+    bands: dict[str, list[tuple[float, float, float]]]  # by metric: λ_IGA, lowest and highest accuracy over the seeds
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,7 @@ class OneImage:
     terms: dict[str, float] = field(default_factory=dict, hash=False)
     gap: float = float("nan")
     surfaces: tuple[Surface, Surface] | None = None
+    cloud: Array | None = None  # (2, n) in nats, of all measured test images: measured gap, bound
 
 
 ViewData = Glance | TradeOff | UnderAttack | Film | Loops | OneImage
@@ -392,7 +396,20 @@ def _trade_off(state: State) -> TradeOff:
     for line in runs.history_so_far(chosen.run):
         for name, number in line.items():
             curves.setdefault(name, []).append(number)
-    return TradeOff(state, nets, chosen, curves, row.weights or (0.0, 0.0))
+    return TradeOff(state, nets, chosen, curves, row.weights or (0.0, 0.0), _bands(state, points))
+
+
+def _bands(state: State, points: Sequence[Point]) -> dict[str, list[tuple[float, float, float]]]:
+    """The spread over the seeds, at every weight that at least two seeds are measured at."""
+    bands: dict[str, list[tuple[float, float, float]]] = {}
+    everyone = state.params.model_copy(update={"student": state.student})
+    for point in points:
+        for cell in explored(everyone, point, autoattack=False, radii=False).cells:
+            results = [measured(job.run, job.measure) for job in cell.jobs if job.measure] if cell.is_accuracy else []
+            percents = [float(result["percent"]) for result in results if result is not None]
+            if len(percents) > 1:
+                bands.setdefault(cell.metric, []).append((point.lambda_iga, min(percents), max(percents)))
+    return bands
 
 
 def _under_attack(state: State) -> UnderAttack:
@@ -524,7 +541,18 @@ def _one_image(state: State) -> OneImage:
     }
     values = {part: float(value) for part, value in parts.items()}
     surfaces = _surfaces(state, [student, teacher], x, y)
-    return OneImage(state, chosen, name, _pixels(x)[0], int(y), values, float(gap), (surfaces[0], surfaces[1]))
+    pair, cloud = (surfaces[0], surfaces[1]), _cloud(state, chosen.run)
+    return OneImage(state, chosen, name, _pixels(x)[0], int(y), values, float(gap), pair, cloud)
+
+
+def _cloud(state: State, run: Run) -> Array | None:
+    """Gap and bound of every test image that ``prop2_bound`` measured for this net; None where it did not."""
+    params = at_scale(Prop2Params, state.params.scale)
+    measure = ImageBounds(params.epsilon, params.bound_images, params.llm_steps)
+    found = measured(run, measure, reference=reference_teacher(state.here)[0])
+    if found is None or params.epsilon != state.epsilon:
+        return None
+    return np.array([found["images"][term] for term in ("gap", "bound")])
 
 
 def _surfaces(state: State, models: Sequence[nn.Module], x: Tensor, y: Tensor) -> list[Surface]:
@@ -609,6 +637,21 @@ def details(data: ViewData) -> list[str]:
     if isinstance(data, TradeOff):
         lines.append("weight λ_IGA: nominal {:g}, effective {:.2g}".format(*data.weights))
     return lines
+
+
+def comparison(state: State, pinned: State) -> str:
+    """The chosen net against another one on the same test images, in words, with 95 % intervals."""
+    if state.row().runs == pinned.row().runs:
+        return ""
+    rows = replace(state.row(), id="shown"), replace(pinned.row(), id="pinned")
+    pair, parts = Experiment("pair", "", rows, state.params), []
+    known = net(rows[0], state.point).accuracies.keys() & net(rows[1], pinned.point).accuracies.keys()
+    for cell in rows[0].cells:
+        if cell.metric in known:
+            difference = compare(pair, "shown", "pinned", cell.metric)
+            interval = f"{difference.points:+.1f} points [{difference.low:+.1f}, {difference.high:+.1f}]"
+            parts.append(f"{_metric(cell.metric, state)} {interval}")
+    return " · ".join(parts) or "not measured on both nets"
 
 
 def _metric(name: str, state: State) -> str:

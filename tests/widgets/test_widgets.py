@@ -24,8 +24,9 @@ from kdiga_nb.artifacts.explore import Point, explore, explored
 from kdiga_nb.artifacts.paper import table1, table4
 from kdiga_nb.data import load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
+from kdiga_nb.measures import ImageBounds
 from kdiga_nb.methods import KD, KDIGA
-from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Table1Params, Table4Params, at_scale, read
+from kdiga_nb.params import EXPLORED, VIEWS, ExploreParams, Prop2Params, Table1Params, Table4Params, at_scale, read
 from kdiga_nb.runs import StoreError
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, ancestors
@@ -322,10 +323,72 @@ def test_a_point_that_is_not_there_is_offered_and_not_trained(small: ExplorePara
     explorer = Explorer(small)
     assert explorer.train_button.disabled
     before = trained(store)
+    explorer.untrained.value = True
     explorer.controls["lambda_iga"].value = 1.0
     assert "λ = 1 on digits_small, seed 0, is not in the store" in text_of(explorer)
     assert not explorer.train_button.disabled
     assert trained(store) == before
+
+
+def weights_of(explorer: Explorer) -> list[float]:
+    """What the slider of λ_IGA offers."""
+    return [weight for _, weight in explorer.controls["lambda_iga"].options]
+
+
+def test_the_slider_skips_weights_without_a_net_unless_asked(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    assert weights_of(explorer) == [0.0, 2.0, 8.0]
+    explorer.untrained.value = True
+    assert weights_of(explorer) == list(explorer.state.lambdas)
+    explorer.controls["lambda_iga"].value = 4.0
+    explorer.untrained.value = False
+    assert weights_of(explorer) == [0.0, 2.0, 4.0, 8.0]  # the chosen one stays
+    assert "λ = 4" in text_of(explorer)
+
+
+def test_an_empty_store_offers_every_weight(small: ExploreParams):
+    explorer = Explorer(small)
+    assert weights_of(explorer) == list(explorer.state.lambdas)
+
+
+def test_a_pinned_net_is_compared_with_the_next(small: ExploreParams, store: Path):
+    explorer = Explorer(small)
+    explorer.pin_button.click()
+    assert explorer.pin_text.value.count("Pinned: KDIGA, λ = 2, seed 0.") == 1
+    first = compute(explorer.state)
+    explorer.controls["lambda_iga"].value = 8.0
+    second = compute(explorer.state)
+    clean = second.chosen.accuracies["clean"].percent - first.chosen.accuracies["clean"].percent
+    assert f"KDIGA, λ = 8, seed 0 against it: clean {clean:+.1f} points [" in explorer.pin_text.value
+    assert "PGD-3 at ε = 0.1" in explorer.pin_text.value
+    explorer.controls["seed"].value = explorer.controls["seed"].options[-1]
+    explorer.pin_button.click()
+    assert explorer.pin_text.value == ""
+    assert explorer.pin_button.description == "Pin this net"
+
+
+def test_the_band_spans_all_seeds(small: ExploreParams, store: Path):
+    params = small.model_copy(update={"seeds": [0, 1]})
+    (clean,) = (cell for cell in explored(params, Point("kdiga", 2.0)).cells if cell.metric == "clean")
+    percents = [runs.measure(job.run, job.measure)["percent"] for job in clean.jobs if job.measure]
+    data = compute(State.start(params, view="lambda"))
+    assert isinstance(data, TradeOff)
+    assert data.bands == {"clean": [(2.0, min(percents), max(percents))]}  # every other weight has one seed
+
+
+def test_the_image_is_a_dot_in_the_cloud_of_all(small: ExploreParams, store: Path):
+    params = at_scale(Prop2Params, "smoke")
+    state = State.start(small, view="image", epsilon=params.epsilon, image=3)
+    data = compute(state)
+    assert isinstance(data, OneImage) and data.cloud is None
+    measure = ImageBounds(params.epsilon, params.bound_images, params.llm_steps)
+    found = runs.measure(data.chosen.run, measure, reference=data.chosen.run.teacher)
+    data = compute(state)
+    assert isinstance(data, OneImage) and data.cloud is not None
+    assert data.cloud.tolist() == [found["images"]["gap"], found["images"]["bound"]]
+    assert any(axes.get_title() == f"{params.bound_images} images" for axes in draw(data).axes)
+    elsewhere = compute(replace(state, epsilon=0.2))
+    assert isinstance(elsewhere, OneImage) and elsewhere.cloud is None
 
 
 def test_controls_that_change_nothing_are_grey(small: ExploreParams, store: Path):
@@ -496,7 +559,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 def test_a_new_point_joins_the_store_and_the_curve(small: ExploreParams, store: Path):
     explorer = Explorer(small)
+    explorer.untrained.value = True
     explorer.controls["lambda_iga"].value = 1.0
+    explorer.untrained.value = False
     explorer.train_button.click()
     assert explorer.training is not None
     assert explorer.train_button.disabled
@@ -508,6 +573,7 @@ def test_a_new_point_joins_the_store_and_the_curve(small: ExploreParams, store: 
     assert "PGD-3" in text_of(explorer)
     assert explorer.train_button.disabled
     assert explorer.cancel_button.disabled
+    assert weights_of(explorer) == [0.0, 1.0, 2.0, 8.0]
 
 
 def test_a_cancelled_training_goes_on_from_its_last_epoch(small: ExploreParams, store: Path):
