@@ -35,8 +35,9 @@ test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
-	jobs="$(JOBS)"; $(ASIDE) $(BIN)/kdiga reproduce --scale digits --jobs "$${jobs:-2}"
-	$(ASIDE) $(BIN)/python -m pytest -W default --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
+	jobs="$(JOBS)"; $(ASIDE) $(BIN)/kdiga reproduce --scale digits --no-notebooks --jobs "$${jobs:-2}"
+	$(ASIDE) $(BIN)/python -m pytest -n 2 --dist loadfile -W default \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 
 site: $(VENV)/.installed-site ## The notebooks, documents, API and the explorable page as web pages in site/
 	$(BIN)/kdiga site site

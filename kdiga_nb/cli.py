@@ -130,6 +130,7 @@ def reproduce(
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Train and measure what the store lacks, or leave it out.")
     ] = True,
+    notebooks: Annotated[bool, typer.Option(help="Run the notebooks, or only fill the run store.")] = True,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the scale's file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
@@ -172,9 +173,9 @@ def reproduce(
     workers = jobs or default_workers(_device(experiments))
     with ExitStack() as stack:
         outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
-    summary = run_notebooks(scale, experiments, overrides, workers, again)
+    summary = run_notebooks(scale, experiments, overrides, workers, again) if notebooks else None
     _print_summary(outcome, summary, scale, experiments, time.perf_counter() - started)
-    if outcome.failed or summary.failed:
+    if outcome.failed or (summary and summary.failed):
         raise typer.Exit(1)
 
 
@@ -237,7 +238,7 @@ def _train_and_measure(
 
 
 def _print_summary(
-    outcome: Outcome, summary: Summary, scale: str, experiments: dict[str, Experiment | None], seconds: float
+    outcome: Outcome, summary: Summary | None, scale: str, experiments: dict[str, Experiment | None], seconds: float
 ) -> None:
     from kdiga_nb.report.verify import verify
     from kdiga_nb.runs.graph import title
@@ -246,10 +247,11 @@ def _print_summary(
     typer.echo(f"runs and measurements: {outcome.made} made, {outcome.cached} cached, {len(outcome.failed)} failed")
     for job, reason in outcome.failed.items():
         typer.echo(f"  failed: {title(job)} ({run_key(job.run)}): {reason}")
-    typer.echo(f"notebooks: {len(summary.made)} made, {len(summary.cached)} cached, {len(summary.failed)} failed")
-    for name, reason in summary.failed.items():
-        typer.echo(f"  failed: {name}: {reason}")
-    typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
+    if summary:
+        typer.echo(f"notebooks: {len(summary.made)} made, {len(summary.cached)} cached, {len(summary.failed)} failed")
+        for name, reason in summary.failed.items():
+            typer.echo(f"  failed: {name}: {reason}")
+        typer.echo(f"figures in {_shown(paths.figures(scale))}, after {seconds:.0f} s")
     typer.echo(verify(scale, experiments).summary())
 
 
@@ -708,18 +710,25 @@ def store_pack(
     scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")],
     row: Annotated[list[str] | None, typer.Option(help="Rows of Table 1 whose first seed's weights go along.")] = None,
     artefact: Annotated[list[str] | None, typer.Option(help="Artefacts all of whose weights go along.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value: a setting for which more runs were trained.")
+    ] = None,
 ) -> None:
     """For maintainers: publish the finished runs of a scale, and the weights of some rows and artefacts."""
     from kdiga_nb.artifacts import EVERY
     from kdiga_nb.notebooks import load
-    from kdiga_nb.params import scales
+    from kdiga_nb.params import ParameterError, scales
     from kdiga_nb.report.card import card
     from kdiga_nb.report.files import commit
     from kdiga_nb.runs import Run, StoreError, shipped
     from kdiga_nb.runs.graph import graph_of
 
     _one_of("SCALE", scale, scales())
-    experiments = {name: one for name in EVERY if (one := load(scale, name, {}))}
+    try:
+        overrides = _overrides(set_, list(EVERY))
+        experiments = {name: one for name in EVERY if (one := load(scale, name, overrides))}
+    except ParameterError as error:
+        raise _fail(str(error)) from None
     rows = {one.id: one for one in experiments["table1"].rows}
     kept = [rows[_one_of("--row", name, list(rows))].runs[0] for name in row or []]
     for name in artefact or []:

@@ -93,6 +93,7 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["reproduce", "--scale", "smoke", "--set", "all_seeds_rows=['kdigo']"], r"all_seeds_rows: .*mean kdiga\?"),
         (["reproduce", "--scale", "smoke", "--set", "lambda_penalty=-1"], "lambda_penalty: .*greater than or equal"),
         (["store", "pull", "cifar1"], r"SCALE: must be one of .*did you mean cifar10\?\), got 'cifar1'"),
+        (["store", "pack", "smoke", "--set", "swep=[1]"], r"--set swep.*did you mean sweep\?"),
         (["store", "pack", "smoke", "--row", "kdigo"], r"--row: must be one of st, .*did you mean kdiga\?"),
         (
             ["train", str(SMOKE), "--artefact", "table5", "--row", "kdigo"],
@@ -383,6 +384,8 @@ def test_reproduced_again_everything_is_cached(reproduced: tuple[Place, subproce
     assert "runs and measurements: 0 made" in done.stdout
     assert "notebooks: 0 made, 1 cached, 0 failed" in done.stdout
     assert (place.figures / "table5.csv").read_bytes() == before
+    done = place.reproduce("--no-notebooks", "--again")
+    assert "runs and measurements: 0 made" in done.stdout and "notebooks" not in done.stdout
 
 
 def test_a_notebook_is_run_again_when_its_artefact_or_its_parameters_changed(

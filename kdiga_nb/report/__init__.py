@@ -31,4 +31,4 @@ from kdiga_nb.report.study_figures import (
     plot_weights,
 )
 from kdiga_nb.report.tables import Grid, audit_grid
-from kdiga_nb.report.verdicts import print_verdicts, verdicts, with_audit
+from kdiga_nb.report.verdicts import headline, print_verdicts, verdicts, with_audit

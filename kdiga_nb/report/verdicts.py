@@ -1,6 +1,7 @@
 """What the ledger of claims says of an experiment: claim, the paper's number, ours, verdict."""
 
 import html
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from kdiga_nb.metrics import proportion
 from kdiga_nb.params import AuditParams
 from kdiga_nb.report.numbers import COLUMNS, frame
 from kdiga_nb.report.pairs import compare
+
+TITLE_WIDTH = 64  # characters in a line of a figure's title
 
 
 def with_audit(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
@@ -136,6 +139,25 @@ def _paired(experiment: Experiment, number: Number) -> Number:
 def verdicts(experiment: Experiment) -> Verdicts:
     """The ledger's claims on an experiment as a table: claim, the paper's number, ours with its interval, verdict."""
     return Verdicts(judge_all(experiment, with_audit(frame(experiment), experiment)))
+
+
+def headline(experiment: Experiment, claim: str, shown: str) -> str:
+    """A figure's title: what a claim of the ledger comes to on these numbers and, below it, what is shown.
+
+    Args:
+        claim: the claim's id.
+
+    Raises:
+        ValueError: the artefact has no such claim.
+    """
+    lines = {line.judged.claim.id: line for line in verdicts(experiment).lines}
+    if claim not in lines:
+        raise ValueError(f"claim must be one of {', '.join(lines)}, got {claim!r}")
+    sentence, _, ours, _ = lines[claim].cells
+    judged = lines[claim].judged
+    start = sentence[0].upper() if sentence[0].isascii() else sentence[0]  # λ stays λ
+    finding = textwrap.fill(f"{start}{sentence[1:]}: {judged.verdict}", TITLE_WIDTH, break_on_hyphens=False)
+    return f"{finding}\n{'' if judged.number is None else f'{ours} · '}{shown}"
 
 
 def print_verdicts(experiment: Experiment) -> None:

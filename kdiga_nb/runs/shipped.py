@@ -99,8 +99,9 @@ def pull(scale: str) -> Pulled:
 def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: str = "unknown") -> list[str]:
     """Publish the finished ones of ``runs``, with the weights for those of ``with_weights``; returns their keys.
 
-    Published measurements are those of the published weights: a net without measurements is rounded to float16 in the
-    store first; a net that was measured in float32 is published in float32.
+    A run that was itself pulled without weights is published without them again. Published measurements are those of
+    the published weights: a net without measurements is rounded to float16 in the store first; a net that was measured
+    in float32 is published in float32.
 
     Raises:
         StoreError: the weights of a net take more than ``LIMIT``.
@@ -114,7 +115,7 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: s
         source, key = folder(run), run_key(run)
         (home / key).mkdir(parents=True)
         names = [name for name in RECORDS if (source / name).exists()]
-        if key in kept:
+        if key in kept and (source / WEIGHTS).exists():
             if not (source / "measures.json").exists():
                 halve_weights(run)
             if (source / WEIGHTS).stat().st_size > LIMIT:

@@ -43,7 +43,7 @@ from kdiga_nb.widgets.views import (
 )
 
 SIZE = (11.0, 5.4)  # inches, of every view
-DPI = 100
+DPI = 150  # sharp at 1600 px, and nearly so on a screen of twice the pixels; a tenth more time than 100
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -488,9 +488,9 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
         _note(axes, "The chosen net or its teacher is not in the store.")
         _bare(axes)
         return
-    figure.subplots_adjust(left=0.012, right=0.925, bottom=0.115, top=0.87)
-    grid = figure.add_gridspec(1, 5, width_ratios=(0.55, 0.8, 0.12, 1.2, 1.2), wspace=0.24)
-    rows = GridSpecFromSubplotSpec(2, 1, grid[0], hspace=0.3)
+    figure.subplots_adjust(left=0.012 if data.cloud is None else 0.045, right=0.925, bottom=0.115, top=0.87)
+    grid = figure.add_gridspec(1, 5, width_ratios=(0.58, 0.8, 0.12, 1.2, 1.2), wspace=0.24)
+    rows = GridSpecFromSubplotSpec(2, 1, grid[0], hspace=0.25)
     picture = figure.add_subplot(grid[0] if data.cloud is None else rows[0])
     picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
     picture.set_title(f"image {data.state.image}, label {data.label}")
@@ -525,10 +525,10 @@ def _draw_cloud(axes: Axes, data: OneImage, cloud: Array) -> None:
     axes.plot(*np.maximum(here, least), "o", color=PALETTE[4], markersize=7)
     reach = least / 1.5, 1.5 * float(max(cloud.max(), here.max()))
     axes.plot(reach, reach, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", yscale="log", xlim=reach, ylim=reach, aspect="equal", xlabel="gap (nats)", ylabel="bound")
-    axes.set_title(f"{cloud.shape[1]} images")
-    name_ticks(axes.xaxis, {0.001: "0.001", 0.1: "0.1", 10.0: "10"})
-    name_ticks(axes.yaxis, {0.001: "0.001", 0.1: "0.1", 10.0: "10"})
+    axes.set(xscale="log", yscale="log", xlim=reach, ylim=reach, aspect="equal", xlabel="gap (nats)")
+    axes.set_title(f"bound, {cloud.shape[1]} images")
+    for axis in (axes.xaxis, axes.yaxis):
+        name_ticks(axis, {0.01: "0.01", 1.0: "1"})
     set_ticks(axes)
 
 

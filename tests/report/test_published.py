@@ -11,13 +11,14 @@ from scipy.stats import norm, ttest_ind
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
-from kdiga_nb.artifacts.claims import RULES, ledger
+from kdiga_nb.artifacts.claims import RULES, claims_of, ledger
 from kdiga_nb.audit.verdict import TELLING
 from kdiga_nb.metrics import proportion
 from kdiga_nb.notebooks import load
+from kdiga_nb.params import at_scale
 from kdiga_nb.report.numbers import interval
 from kdiga_nb.report.published import AGREES, agrees, difference_test
-from kdiga_nb.report.verdicts import Verdicts
+from kdiga_nb.report.verdicts import TITLE_WIDTH, Verdicts, headline
 from kdiga_nb.report.verify import verify
 
 NAN = math.nan
@@ -141,3 +142,17 @@ def test_the_pages_name_the_verdicts_of_the_audit() -> None:
     assert "The audit calls the other four nets *sound*" in audit
     assert "the audit finds no net that hides its gradients" in readme
     assert not re.search(r"(overstate|overstated)[^.]*\bKD\b", readme)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_figures_title_is_what_a_claim_comes_to(name: str) -> None:
+    """With nothing in the store every finding is "not measured"; a line of a title is never too long for its figure."""
+    experiment = EVERY[name].build(at_scale(EVERY[name].params, "digits"))
+    for claim in claims_of(name):
+        *finding, shown = headline(experiment, claim.id, "digits scale").splitlines()
+        sentence = " ".join(finding)
+        assert sentence[1:] == f"{claim.claim[1:]}: not measured" and sentence[0].lower() == claim.claim[0].lower()
+        assert shown == "digits scale"
+        assert max(map(len, finding)) <= TITLE_WIDTH
+    with pytest.raises(ValueError, match="claim must be one of"):
+        headline(experiment, "no_claim", "digits scale")

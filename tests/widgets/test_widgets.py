@@ -386,7 +386,7 @@ def test_the_image_is_a_dot_in_the_cloud_of_all(small: ExploreParams, store: Pat
     data = compute(state)
     assert isinstance(data, OneImage) and data.cloud is not None
     assert data.cloud.tolist() == [found["images"]["gap"], found["images"]["bound"]]
-    assert any(axes.get_title() == f"{params.bound_images} images" for axes in draw(data).axes)
+    assert any(axes.get_title() == f"bound, {params.bound_images} images" for axes in draw(data).axes)
     elsewhere = compute(replace(state, epsilon=0.2))
     assert isinstance(elsewhere, OneImage) and elsewhere.cloud is None
 
