@@ -15,6 +15,7 @@ from kdiga_nb.runs.store import (
     environment,
     history,
     is_finished,
+    lacks_weights,
     load,
     load_or_train,
     measure,

@@ -224,12 +224,17 @@ def _read_measures(path: Path, *written: int) -> dict[str, Any]:
     return measures
 
 
+def lacks_weights(run: Run) -> bool:
+    """Whether the run was pulled without its weights: its results are there, its net is not."""
+    return is_published(run) and not (folder(run) / "model.safetensors").exists()
+
+
 def damage(run: Run) -> str | None:
     """What is wrong with a finished run's files; None if nothing is."""
     home = folder(run)
     try:
         record = json.loads((home / "run.json").read_text())
-        if "published" in record and not (home / "model.safetensors").exists():
+        if lacks_weights(run):
             return "its weights are not among the published ones"
         if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"

@@ -143,7 +143,7 @@ def _draw_glance(figure: Figure, data: Glance) -> None:
         axes = [figure.add_subplot(grid[row, column]) for row in range(3)]
         if facet is None:
             axes[0].set_title(name)
-            _note(axes[1], "not in\nthe store")
+            _note(axes[1], "no net in\nthe store")
             for one in axes:
                 _bare(one)
             continue
@@ -190,6 +190,7 @@ def _draw_smallest(axes: Axes, data: Glance) -> None:
     axes.axvline(data.state.epsilon, color="black", linewidth=1, linestyle="--", zorder=1.5)
     axes.set(xlim=(0, 1.3 * reach), ylim=(0.6 - max(len(known), 1), 0.6))
     name_ticks(axes.yaxis, {-float(place): _brief(name) for place, (name, _) in enumerate(known)})
+    name_ticks(axes.xaxis, {radius: radius_text(radius) for radius in (0.0, reach / 2, reach)})
     axes.set_title("smallest ε that fools it")
     set_ticks(axes)
 

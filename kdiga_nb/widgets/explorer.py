@@ -453,9 +453,10 @@ class Explorer:
         state, params = self._state, self.params
         open_jobs = [job for job in self.wanted() if not job.is_done()]
         finished = [run for run in _with_teachers(self.wanted()) if is_finished(run)]
-        damaged = [reason for run in finished if (reason := runs.damage(run))]
-        self.train_button.disabled = not open_jobs and not damaged
-        measured_only = is_finished(state.row().runs[0]) and not damaged
+        weightless = [run for run in finished if runs.lacks_weights(run)]
+        damaged = [reason for run in finished if run not in weightless and (reason := runs.damage(run))]
+        self.train_button.disabled = not open_jobs and not damaged and not weightless
+        measured_only = is_finished(state.row().runs[0]) and not damaged and not weightless
         self.train_button.description = "Measure this point" if measured_only else "Train this point"
         if is_empty(state):
             self.train_button.description = "Train the smallest set"
@@ -466,6 +467,8 @@ class Explorer:
             )
         elif damaged:
             self._say(f"Damaged ({damaged[0]}). The button sets the damaged run aside and trains again.", "error")
+        elif weightless:
+            self._say("The results are published, but not every net that this view needs. The button trains the nets.")
         elif text := missing(state):
             self._say(f"{text} The button trains and measures this net; sliders never train.")
         elif open_jobs:

@@ -452,10 +452,10 @@ def _pair(state: State, run: Run) -> tuple[nn.Module | None, nn.Module | None, s
 
 
 def stored_net(source: runs.Source, shape: tuple[int, int, int]) -> nn.Module | None:
-    """The net, ready for evaluation; None if it has to be trained first."""
+    """The net, ready for evaluation; None if it has to be trained first, or was published without its weights."""
     if not isinstance(source, Run):
         return _evaluated(source, shape, ())
-    if not runs.is_finished(source):
+    if not runs.is_finished(source) or runs.lacks_weights(source):
         return None
     files = [runs.folder(source) / name for name in ("run.json", "model.safetensors")]
     return _evaluated(source, shape, tuple(file.stat().st_mtime_ns for file in files if file.exists()))
@@ -670,7 +670,7 @@ def _facet_words(data: Glance) -> list[str]:
     words = []
     for name, facet in data.facets.items():
         if facet is None:
-            words.append(f"{name} is not in the store")
+            words.append(f"{name}: its net is not in the store")
             continue
         guess = int(facet.beliefs[1].argmax())
         verdict = "right" if guess == data.label else f"says {data.state.class_name(guess)}"

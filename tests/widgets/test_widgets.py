@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import time
 from collections.abc import Callable
@@ -605,6 +606,20 @@ def test_the_curve_grows_while_the_net_trains(small: ExploreParams, store: Path)
     assert re.search(r"Training KDIGA, λ = 2, seed 0: epoch \d+ of 40, \d+ s so far", status_of(explorer))
     explorer.cancel()
     wait_until(lambda: explorer.training is None)
+
+
+def test_a_net_published_without_weights_keeps_its_results(small: ExploreParams, store: Path):
+    home = runs.folder(explored(one_seed(small), Point("kd")).runs[0])
+    (home / "model.safetensors").unlink()
+    record = json.loads((home / "run.json").read_text())
+    (home / "run.json").write_text(json.dumps(record | {"published": "smoke"}))
+    explorer = Explorer(small.model_copy(update={"show_view": "glance"}))
+    assert "KD: its net is not in the store" in text_of(explorer)
+    assert "published, but not every net that this view needs" in status_of(explorer)
+    assert not explorer.train_button.disabled
+    explorer.controls["view"].value = "lambda"
+    assert isinstance(explorer.data, TradeOff)
+    assert "clean" in explorer.data.nets[0].accuracies  # λ = 0 is KD
 
 
 def test_a_damaged_net_is_set_aside_and_trained_again(small: ExploreParams, store: Path):
