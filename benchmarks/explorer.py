@@ -24,7 +24,8 @@ from kdiga_nb.runs import StoreError
 from kdiga_nb.widgets import Explorer, State
 
 WARM_UP = 3
-CONTROLS = {"glance": "epsilon", "lambda": "lambda_iga", "epsilon": "epsilon", "loops": "loop", "image": "image"}
+CONTROLS = {"glance": "epsilon", "lambda": "lambda_iga", "epsilon": "epsilon", "film": "step"}
+CONTROLS |= {"loops": "loop", "image": "image"}
 
 
 def stops(explorer: Explorer, view: str) -> list[Any]:

@@ -264,6 +264,18 @@ def test_voila(served: Path, store: Path):
             choose_view(page, view, text)
             moves_by_key_and_mouse(page, label)
             shot(page, f"voila-{label}")
+        # The last view is that of λ: its net is pinned, and the next one is compared with it.
+        page.get_by_role("button", name="Pin this net").click()
+        handle = slider(page, "λ_IGA").get_by_role("slider")
+        before = shown(page)
+        handle.press("ArrowLeft" if float(handle.get_attribute("aria-valuenow")) > 0 else "ArrowRight")
+        wait_for_change(page, before)
+        page.get_by_text(re.compile(r"Pinned: .* against it: clean [+-]")).wait_for()
+        choose_view(page, "ISD loops", "ISD-WoT-")
+        slider(page, "loop").get_by_role("slider").press("Home")
+        wait_for_text(page, "ISD-WoT-1,")
+        page.locator(".widget-play:visible button").first.click()
+        wait_for_text(page, "ISD-WoT-2")
         assert page.get_by_text("Traceback").count() == 0
 
 

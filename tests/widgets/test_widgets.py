@@ -34,7 +34,7 @@ from kdiga_nb.runs.run import Run, ancestors
 from kdiga_nb.runs.store import is_finished, load_or_train, measured
 from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, missions, table, words
 from kdiga_nb.widgets.background import Training
-from kdiga_nb.widgets.drawing import SIZE
+from kdiga_nb.widgets.drawing import DPI, SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
 from kdiga_nb.widgets.finding import find
 from kdiga_nb.widgets.views import SURFACE, Film, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
@@ -248,10 +248,10 @@ def test_a_picture_may_be_saved_at_another_resolution_in_between(small: ExploreP
     figure = draw(compute(State.start(small, view="lambda")))
     before = image_bytes(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=300)
+    figure.savefig(buffer, format="png", dpi=3 * DPI)
     fine, coarse = (Image.open(io.BytesIO(content)).convert("L") for content in (buffer.getvalue(), before))
-    assert fine.size == (3300, 1620)
-    assert coarse.size == (1100, 540)
+    assert coarse.size == tuple(round(inches * DPI) for inches in SIZE)
+    assert fine.size == tuple(3 * side for side in coarse.size)
     difference = np.asarray(fine.reduce(3), dtype=float) - np.asarray(coarse)
     assert np.abs(difference).mean() < 5  # of 255: the same picture
     assert image_bytes(figure) == before
