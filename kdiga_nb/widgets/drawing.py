@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import ListedColormap
@@ -57,6 +58,7 @@ METRICS = {
     kind: (METRIC_COLORS[kind], marker) for kind, marker in {"clean": "o", "pgd": "s", "autoattack": "^"}.items()
 }
 GREY = "0.45"
+CONSIDERED = 0.05  # the probability from which on the first view names a class
 
 
 def draw(data: ViewData) -> Figure:
@@ -130,46 +132,102 @@ def _pgd(data: ViewData) -> str:
 
 
 def _draw_glance(figure: Figure, data: Glance) -> None:
-    """One column per net: input gradient, attacked image, smallest ε that fools it, belief before and after."""
-    figure.subplots_adjust(left=0.075, right=0.99, bottom=0.1, top=0.93)
-    ratios = {"width_ratios": (1.25, *(1,) * len(data.facets)), "height_ratios": (1, 1, 0.62)}
-    grid = figure.add_gridspec(3, 1 + len(data.facets), **ratios, hspace=0.3, wspace=0.16)
-    picture = figure.add_subplot(grid[:2, 0])
+    """One column per net: input gradient, attacked image, smallest ε that fools it, belief before and after.
+
+    All pictures are one canvas and all bars one plot, because making a plot takes longer than filling it.
+    """
+    picture = figure.add_axes((0.075, 0.475, 0.165, 0.355))
     picture.imshow(data.image, cmap="gray", vmin=0, vmax=1)
     picture.set_title(f"image {data.state.image}: {data.state.class_name(data.label)}")
     _bare(picture)
-    _draw_smallest(figure.add_subplot(grid[2, 0]), data)
-    for column, (name, facet) in enumerate(data.facets.items(), 1):
-        axes = [figure.add_subplot(grid[row, column]) for row in range(3)]
+    _draw_smallest(figure.add_axes((0.075, 0.1, 0.16, 0.17)), data)
+    width = data.image.shape[1]
+    gap = max(1, round(0.17 * width))
+    _draw_columns(figure.add_axes((0.275, 0.315, 0.715, 0.62), anchor="N"), data, gap)
+    _draw_beliefs(figure.add_axes((0.275, 0.1, 0.715, 0.17)), data, width, gap)
+
+
+def _draw_columns(axes: Axes, data: Glance, gap: int) -> None:
+    """Two rows of pictures, input gradients and attacked images, with text above and below each column."""
+    height, width = data.image.shape[:2]
+    between = max(2, round(0.26 * height))
+    blank = np.ones((height, width, 3))
+    rows: list[list[Array]] = [[], []]
+    for column, (name, facet) in enumerate(data.facets.items()):
+        middle = column * (width + gap) + width / 2 - 0.5
         if facet is None:
-            axes[0].set_title(name)
-            _note(axes[1], "no net in\nthe store")
-            for one in axes:
-                _bare(one)
+            _beside(axes, name, (middle, -0.5), above=True)
+            _beside(axes, "no net in\nthe store", (middle, height / 2))
+            rows[0].append(blank)
+            rows[1].append(blank)
             continue
-        _draw_facet(axes, data, name, facet, first=column == 1)
+        largest = max(float(np.abs(facet.gradient).max()), 1e-12)
+        rows[0].append(colormaps["RdBu_r"](0.5 + 0.5 * facet.gradient / largest)[..., :3])
+        rows[1].append(facet.attacked)
+        _beside(axes, name, (middle, -0.5), above=True, color=method_color(facet.row), fontweight="bold", fontsize=9.5)
+        _beside(axes, f"‖g‖₂ = {facet.norm:.2g}", (middle, height - 0.5))
+        guess = int(facet.beliefs[1].argmax())
+        wrong: dict[str, Any] = {} if guess == data.label else {"color": PALETTE[3], "fontweight": "bold"}
+        verdict = "still" if guess == data.label else "now"
+        text = f"{verdict} {data.state.class_name(guess)} ({100 * facet.beliefs[1, guess]:.0f} %)"
+        _beside(axes, text, (middle, 2 * height + between - 0.5), **wrong)
+    axes.imshow(_mosaic(rows, gap, between), interpolation="nearest")
+    _bare(axes)
+    for line, text in enumerate(("input gradient", f"attacked, ε = {radius_text(data.state.epsilon)}")):
+        middle = line * (height + between) + height / 2 - 0.5
+        style: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "textcoords": "offset points"}
+        axes.annotate(text, (-0.5, middle), (-5, 0), **style)
 
 
-def _draw_facet(axes: Sequence[Axes], data: Glance, name: str, facet: Facet, first: bool) -> None:
-    color = method_color(facet.row)
-    largest = max(float(np.abs(facet.gradient).max()), 1e-12)
-    axes[0].imshow(facet.gradient, cmap="RdBu_r", vmin=-largest, vmax=largest)
-    axes[0].set_title(name, color=color, fontweight="bold")
-    axes[0].set_xlabel(f"gradient, ‖g‖₂ = {facet.norm:.2g}")
-    axes[1].imshow(facet.attacked, cmap="gray", vmin=0, vmax=1)
-    guess = int(facet.beliefs[1].argmax())
-    wrong: dict[str, Any] = {} if guess == data.label else {"color": PALETTE[3], "fontweight": "bold"}
-    verdict = "still" if guess == data.label else "now"
-    axes[1].set_xlabel(f"{verdict} {data.state.class_name(guess)} ({100 * facet.beliefs[1, guess]:.0f} %)", **wrong)
-    for one in axes[:2]:
-        _bare(one)
-    if first:
-        axes[0].set_ylabel("input gradient")
-        axes[1].set_ylabel(f"attacked, ε = {radius_text(data.state.epsilon)}")
-    _draw_probabilities(axes[2], facet.beliefs, "class", named=first)
-    if first:
-        handles, labels = axes[2].get_legend_handles_labels()
-        axes[2].figure.legend(handles, [f"belief, {label}" for label in labels], loc="lower left", ncols=2)
+def _beside(axes: Axes, text: str, place: tuple[float, float], above: bool = False, **style: Any) -> None:
+    """A text centred 5 points below or above a place in data units."""
+    distance = (0, 5) if above else (0, -5)
+    style = {"ha": "center", "va": "bottom" if above else "top"} | style
+    axes.annotate(text, place, distance, textcoords="offset points", **style)
+
+
+def _mosaic(rows: Sequence[Sequence[Array]], gap: int, between: int) -> Array:
+    """Pictures (H, W) or (H, W, 3) as one RGB picture: columns ``gap`` white pixels apart, rows ``between``."""
+    height, width = rows[0][0].shape[:2]
+    columns = len(rows[0])
+    canvas = np.ones((len(rows) * (height + between) - between, columns * (width + gap) - gap, 3))
+    for line, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            top, left = line * (height + between), column * (width + gap)
+            colours = picture if picture.ndim == 3 else picture[..., None]
+            canvas[top : top + height, left : left + width] = colours.clip(0, 1)
+    return canvas
+
+
+def _draw_beliefs(axes: Axes, data: Glance, width: int, gap: int) -> None:
+    """The probabilities of every class, clean and attacked, below the column of each net."""
+    ticks: dict[float, str] = {}
+    for column, facet in enumerate(data.facets.values()):
+        if facet is None:
+            continue
+        count = facet.beliefs.shape[1]
+        left, size = column * (width + gap) - 0.5, width / count
+        _bars(axes, facet.beliefs, left + size * (np.arange(count) + 0.1), 0.4 * size, first=not ticks)
+        # Only the classes that the net considers: fifty numbers would be slow to draw and no easier to read.
+        shown = np.flatnonzero(facet.beliefs.max(0) >= CONSIDERED)
+        ticks |= {left + size * (number + 0.5): str(number) for number in shown.tolist()}
+    axes.set(xlim=(-0.5, len(data.facets) * (width + gap) - gap - 0.5), ylim=(0, 1.05), ylabel="probability")
+    axes.set_xlabel(f"class (shown from {CONSIDERED:.0%} on)".replace("%", " %"))
+    name_ticks(axes.yaxis, {0.0: "0", 0.5: "0.5", 1.0: "1"})
+    name_ticks(axes.xaxis, ticks)
+    set_ticks(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, [f"belief, {label}" for label in labels], loc="lower left", ncols=2)
+
+
+def _bars(axes: Axes, probabilities: Array, places: Array, size: float, first: bool = True) -> None:
+    """Pairs of bars, clean and attacked, from ``places`` on; only the first call enters the legend."""
+    for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
+        left = places + size * offset
+        corners = [(left, 0 * values), (left, values), (left + size, values), (left + size, 0 * values)]
+        label = name if first else f"_{name}"
+        bars = PolyCollection(list(np.array(corners).transpose(2, 0, 1)), facecolor=PALETTE[offset], label=label)
+        axes.add_collection(bars, autolim=False)
 
 
 def _brief(name: str) -> str:
@@ -320,17 +378,12 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     """Three rows of images in one picture: clean, magnified perturbation, attacked."""
     gallery = data.gallery
     assert gallery is not None
-    count, height, width = gallery.clean.shape[:3]
+    height, width = gallery.clean.shape[1:3]
     difference = gallery.attacked - gallery.clean
     scale = 0.5 / data.state.epsilon if data.state.epsilon else 1.0
-    rows = [gallery.clean, (0.5 + scale * difference).clip(0, 1), gallery.attacked]
     gap = max(1, height // 8)
-    canvas = np.ones((3 * height + 2 * gap, count * width + (count - 1) * gap, *gallery.clean.shape[3:]))
-    for line, images in enumerate(rows):
-        for column, image in enumerate(images):
-            top, left = line * (height + gap), column * (width + gap)
-            canvas[top : top + height, left : left + width] = image
-    axes.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    canvas = _mosaic([list(gallery.clean), list(0.5 + scale * difference), list(gallery.attacked)], gap, gap)
+    axes.imshow(canvas, interpolation="nearest", aspect="equal")
     _bare(axes)
     for line, name in enumerate(("clean", f"change\n× {scale:.3g}", "attacked")):
         middle = (line + 0.5) * height + line * gap - 0.5
@@ -347,16 +400,12 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     axes.annotate(text, (0.5, 0), (0, -20), **below)
 
 
-def _draw_probabilities(axes: Axes, probabilities: Array, label: str, named: bool = True) -> None:
-    """One pair of bars per class; class numbers are shown if the x axis has a label, probabilities if ``named``."""
+def _draw_probabilities(axes: Axes, probabilities: Array, label: str) -> None:
+    """One pair of bars per class; class numbers are shown if the x axis has a label."""
     count = probabilities.shape[1]
-    for offset, (values, name) in enumerate(zip(probabilities, ("clean", "attacked"), strict=True)):
-        left = np.arange(count) + 0.4 * (offset - 1)
-        corners = [(left, 0 * values), (left, values), (left + 0.4, values), (left + 0.4, 0 * values)]
-        bars = PolyCollection(list(np.array(corners).transpose(2, 0, 1)), facecolor=PALETTE[offset], label=name)
-        axes.add_collection(bars, autolim=False)
-    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability" if named else "")
-    name_ticks(axes.yaxis, {place: f"{place:.1f}" if named else "" for place in (0.0, 0.5, 1.0)})
+    _bars(axes, probabilities, np.arange(count) - 0.4, 0.4)
+    axes.set(xlim=(-0.7, count - 0.3), ylim=(0, 1.05), xlabel=label, ylabel="probability")
+    name_ticks(axes.yaxis, {place: f"{place:.1f}" for place in (0.0, 0.5, 1.0)})
     if count <= 20:
         name_ticks(axes.xaxis, {float(number): str(number) if label else "" for number in range(count)})
     set_ticks(axes)
@@ -520,16 +569,17 @@ def _draw_one_image(figure: Figure, data: OneImage) -> None:
 
 def _draw_cloud(axes: Axes, data: OneImage, cloud: Array) -> None:
     """Gap and bound of all test images, and of this one."""
+    # Logarithms on plain axes: matplotlib's log axes take several times as long.
     here, least = np.array([data.gap, sum(data.terms.values())]), 1e-3
-    x, y = np.maximum(cloud, least)
-    axes.plot(x, y, ".", color=GREY, markersize=2.5, alpha=0.5)
-    axes.plot(*np.maximum(here, least), "o", color=PALETTE[4], markersize=7)
-    reach = least / 1.5, 1.5 * float(max(cloud.max(), here.max()))
+    every, this = (np.log10(np.maximum(values, least)) for values in (cloud, here))
+    axes.plot(*every, ".", color=GREY, markersize=2.5, alpha=0.5)
+    axes.plot(*this, "o", color=PALETTE[4], markersize=7)
+    reach = np.log10(least) - 0.2, max(every.max(), this.max()) + 0.2
     axes.plot(reach, reach, color="black", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", yscale="log", xlim=reach, ylim=reach, aspect="equal", xlabel="gap (nats)")
+    axes.set(xlim=reach, ylim=reach, aspect="equal", xlabel="gap (nats)")
     axes.set_title(f"bound, {cloud.shape[1]} images")
     for axis in (axes.xaxis, axes.yaxis):
-        name_ticks(axis, {0.01: "0.01", 1.0: "1"})
+        name_ticks(axis, {-2.0: "0.01", 0.0: "1"})
     set_ticks(axes)
 
 
@@ -544,7 +594,7 @@ def _draw_bound(axes: Axes, data: OneImage) -> None:
     axes.set_ylim(0, max(base, data.gap) * 1.42 or 1)
     axes.legend(loc="upper left", ncols=1, handlelength=1.2, labelspacing=0.3, reverse=True)
     axes.set_title(f"Proposition 2, ε = {radius_text(data.state.epsilon)}")
-    set_ticks(axes)
+    set_ticks(axes, left=0.26)
 
 
 def _draw_surface(axes: Axes, surface: Surface, epsilon: float, highest: float) -> None:

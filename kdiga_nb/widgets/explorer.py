@@ -9,7 +9,8 @@ import html
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,21 @@ def _freeze_garbage() -> None:
     """Once per process: exclude imported objects from garbage collection, which would take 200 ms every few figures."""
     gc.collect()
     gc.freeze()
+
+
+@contextmanager
+def _collected_after() -> Iterator[None]:
+    """No garbage collection inside, and one of what was made inside at the end.
+
+    Matplotlib's figures are reference cycles. A collection while one is drawn would find nothing and make the figure
+    old; at the end a collection of young objects frees the figure in a quarter of the time of a full one.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect(0)
 
 
 class Explorer:
@@ -331,7 +347,7 @@ class Explorer:
 
     def refresh(self) -> None:
         """Compute and draw the chosen view; an error is reported as text."""
-        with self._lock:
+        with self._lock, _collected_after():
             self._arrange()
             self._mark_stale(True)
             try:
@@ -350,8 +366,6 @@ class Explorer:
             self._text(shown, details(data))
             self._compare_with_pinned()
             self._offer()
-        # Collect matplotlib's reference cycles now, after the figure is shown, and not while the next one is drawn.
-        gc.collect()
 
     def pin(self) -> None:
         """Keep the chosen net as the one that the next nets are compared with, or let it go."""

@@ -352,22 +352,25 @@ def _glance(state: State) -> Glance:
 
 def _facet(state: State, name: str, row: str, model: nn.Module, x: Tensor, y: Tensor) -> Facet:
     gradient, clean = input_gradient(model, x, y)
-    attacked = attack_at(model, x, y, (state.epsilon,), state.params.pgd_steps)[-1]
-    with torch.no_grad():
-        beliefs = torch.cat([clean, model(attacked)]).softmax(1)
-    smallest = _smallest_radius(model, state.params.dataset, state.image, state.radii, state.params.pgd_steps)
+    radii = tuple(sorted({*state.radii, state.epsilon}))
+    attacked, logits = _attacked(model, state.params.dataset, state.image, radii, state.params.pgd_steps)
+    here = radii.index(state.epsilon)
+    beliefs = torch.cat([clean, logits[here : here + 1]]).softmax(1)
+    fools = dict(zip(radii, logits.argmax(1) != y, strict=True))
+    smallest = next((radius for radius in state.radii if fools[radius]), None)
     map_, norm = gradient[0].mean(0).numpy(), gradient.norm().item()
-    return Facet(name, row, map_, norm, smallest, _pixels(attacked)[0], beliefs.numpy())
+    return Facet(name, row, map_, norm, smallest, _pixels(attacked[here : here + 1])[0], beliefs.numpy())
 
 
-@lru_cache(maxsize=4096)
-def _smallest_radius(model: nn.Module, dataset: str, image: int, radii: tuple[float, ...], steps: int) -> float | None:
-    """The smallest of the radii at which the attack fools the net on a test image; None: at none of them."""
+@lru_cache(maxsize=256)
+def _attacked(
+    model: nn.Module, dataset: str, image: int, radii: tuple[float, ...], steps: int
+) -> tuple[Tensor, Tensor]:
+    """A test image attacked at every radius (R, C, H, W), and the net's logits (R, N): the slider of ε reads them."""
     test = load_data(dataset).test
-    x, y = test.images[image : image + 1], test.labels[image : image + 1]
+    attacked = attack_at(model, test.images[image : image + 1], test.labels[image : image + 1], radii, steps)[-1]
     with torch.no_grad():
-        wrong = model(attack_at(model, x, y, radii, steps)[-1]).argmax(1) != y
-    return radii[int(wrong.int().argmax())] if wrong.any() else None
+        return attacked, model(attacked)
 
 
 def attack_at(model: nn.Module, x: Tensor, y: Tensor, radii: Sequence[float], steps: int) -> list[Tensor]:
