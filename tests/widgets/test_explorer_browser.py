@@ -217,8 +217,11 @@ def test_jupyterlab(served: Path, store: Path, small: ExploreParams):
         assert page.locator(".jp-OutputArea-output [data-mime-type='application/vnd.jupyter.stderr']").count() == 0
 
         # A point that is not in the store: said so, trained by the button alone, then part of what is shown.
+        handle = slider(page, "λ_IGA").get_by_role("slider")
+        few = handle.get_attribute("aria-valuemax")
         page.get_by_label("untrained weights too").check()
-        slider(page, "λ_IGA").get_by_role("slider").press("Home")
+        playwright.expect(handle).not_to_have_attribute("aria-valuemax", few, timeout=PATIENCE)
+        handle.press("Home")
         slider(page, "λ_IGA").get_by_role("slider").press("ArrowRight")
         wait_for_text(page, "λ = 0.125 on digits_small, seed 0, is not in the store")
         row = explored(small.model_copy(update={"seeds": [0]}), Point("kdiga", 0.125))
