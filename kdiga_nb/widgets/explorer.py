@@ -55,8 +55,10 @@ STYLE = """<style>
 .kdiga-explorer { --kdiga-red: #a32020 }
 [data-jp-theme-light="false"] .kdiga-explorer, .theme-dark .kdiga-explorer { --kdiga-red: #ff8a80 }
 .kdiga-error { color: var(--kdiga-red) }
-.kdiga-stale img { opacity: .35; outline: 2px dashed var(--kdiga-red) }
 .kdiga-explorer img { width: 100%; max-width: 1500px; height: auto; border-radius: 4px }
+.kdiga-explorer img { outline: 2px dashed transparent }
+.kdiga-explorer .kdiga-stale img { opacity: .35; outline-color: var(--kdiga-red) }
+.kdiga-explorer .kdiga-stale img { transition: opacity 0s .6s, outline-color 0s .6s } /* quick moves do not flicker */
 .kdiga-explorer .widget-html-content { width: 100%; color: inherit }
 [data-jp-theme-light="false"] .kdiga-explorer img, .theme-dark .kdiga-explorer img { filter: brightness(.86) }
 .kdiga-explorer details { line-height: 1.5; max-width: 900px }
