@@ -4,7 +4,7 @@ The process writes to the run store; the kernel reads the progress from the stor
 process also ends if the kernel dies. In both cases the next training continues from the last epoch.
 
 Starting Python and importing PyTorch takes seconds. ``warm_up`` does so before the first click: a server process
-imports ``kdiga_nb.widgets.warm`` and then forks for each training.
+imports this module and ``kdiga_nb.widgets.warm``, and then forks for each training.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win
 def warm_up() -> None:
     """Start the server that trainings are forked from; it imports what they need while the reader looks around."""
     if sys.platform != "win32":
-        _CONTEXT.set_forkserver_preload(["kdiga_nb.widgets.warm"])
+        _CONTEXT.set_forkserver_preload([__name__, "kdiga_nb.widgets.warm"])
         forkserver.ensure_running()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import ListedColormap
@@ -162,7 +161,7 @@ def _draw_columns(axes: Axes, data: Glance, gap: int) -> None:
             rows[1].append(blank)
             continue
         largest = max(float(np.abs(facet.gradient).max()), 1e-12)
-        rows[0].append(colormaps["RdBu_r"](0.5 + 0.5 * facet.gradient / largest)[..., :3])
+        rows[0].append(matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * facet.gradient / largest)[..., :3])
         rows[1].append(facet.attacked)
         _beside(axes, name, (middle, -0.5), above=True, color=method_color(facet.row), fontweight="bold", fontsize=9.5)
         _beside(axes, f"‖g‖₂ = {facet.norm:.2g}", (middle, height - 0.5))
@@ -212,7 +211,7 @@ def _draw_beliefs(axes: Axes, data: Glance, width: int, gap: int) -> None:
         shown = np.flatnonzero(facet.beliefs.max(0) >= CONSIDERED)
         ticks |= {left + size * (number + 0.5): str(number) for number in shown.tolist()}
     axes.set(xlim=(-0.5, len(data.facets) * (width + gap) - gap - 0.5), ylim=(0, 1.05), ylabel="probability")
-    axes.set_xlabel(f"class (shown from {CONSIDERED:.0%} on)".replace("%", " %"))
+    axes.set_xlabel(f"class (shown from {100 * CONSIDERED:.0f} % on)")
     name_ticks(axes.yaxis, {0.0: "0", 0.5: "0.5", 1.0: "1"})
     name_ticks(axes.xaxis, ticks)
     set_ticks(axes)
@@ -392,8 +391,7 @@ def _draw_gallery(axes: Axes, data: UnderAttack) -> None:
     for column, (before, after, label) in enumerate(guesses):
         place = (column + 0.5) * width + column * gap - 0.5, len(canvas) - 0.5
         wrong: dict[str, Any] = {} if after == label else {"color": PALETTE[3], "fontweight": "bold"}
-        text = f"{before} → {after}"
-        axes.annotate(text, place, (0, -5), textcoords="offset points", ha="center", va="top", **wrong)
+        _beside(axes, f"{before} → {after}", place, **wrong)
     axes.set_title(f"{metric_name(_pgd(data))} on the student, ε = {radius_text(data.state.epsilon)}")
     text = "prediction, clean → attacked (bold: wrong)"
     below: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
