@@ -142,6 +142,16 @@ class Judged:
     verdict: str
     number: Number | None
 
+    @property
+    def within_chance(self) -> bool:
+        """Whether the number's interval also holds numbers of the other verdict."""
+        if self.number is None or math.isnan(self.number.low):
+            return False
+        low, high = self.number.low, self.number.high
+        holds = RULES[self.claim.word].holds
+        nearest = min(max(0.0, low), high)  # to zero: "within" holds between its ends
+        return len({holds(x, self.claim.bound) for x in (low, nearest, high, self.number.value)}) > 1
+
 
 @dataclass(frozen=True)
 class Finding:

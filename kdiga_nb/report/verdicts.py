@@ -16,6 +16,7 @@ from kdiga_nb.params import AuditParams
 from kdiga_nb.report.numbers import COLUMNS, frame
 from kdiga_nb.report.pairs import compare
 
+CHANCE = "Within chance: the 95 % interval also holds numbers of the other verdict."
 TITLE_WIDTH = 64  # characters in a line of a figure's title
 
 
@@ -54,7 +55,12 @@ class Line:
         """Claim, paper, ours with its interval, verdict with its sign: what a table shows."""
         paper = "–" if self.paper is None else _text(self.paper)
         ours = "–" if self.judged.number is None else _text(self.judged.number)
-        return self.judged.claim.claim, paper, ours, f"{SIGNS[self.judged.verdict]} {self.judged.verdict}"
+        return self.judged.claim.claim, paper, ours, f"{SIGNS[self.judged.verdict]} {self.verdict}"
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, and whether the interval leaves it to chance."""
+        return self.judged.verdict + ", within chance" * self.judged.within_chance
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Verdicts:
     lines: Sequence[Line]
 
     def __str__(self) -> str:
-        return "\n".join(f"{end:15}  {claim}: {ours} (paper: {paper})" for claim, paper, ours, end in self._rows())
+        return "\n".join(f"{end:30}  {claim}: {ours} (paper: {paper})" for claim, paper, ours, end in self._rows())
 
     def markdown(self) -> str:
         """The table for an issue or a page."""
@@ -85,7 +91,8 @@ class Verdicts:
             for claim, paper, ours, end in self._rows()
         ]
         body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-        return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+        below = f"<p><small>{CHANCE}</small></p>" * any(line.judged.within_chance for line in self.lines)
+        return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>{below}"
 
 
 def _small_interval(text: str) -> str:
@@ -156,7 +163,7 @@ def headline(experiment: Experiment, claim: str, shown: str) -> str:
     sentence, _, ours, _ = lines[claim].cells
     judged = lines[claim].judged
     start = sentence[0].upper() if sentence[0].isascii() else sentence[0]  # λ stays λ
-    finding = textwrap.fill(f"{start}{sentence[1:]}: {judged.verdict}", TITLE_WIDTH, break_on_hyphens=False)
+    finding = textwrap.fill(f"{start}{sentence[1:]}: {lines[claim].verdict}", TITLE_WIDTH, break_on_hyphens=False)
     return f"{finding}\n{'' if judged.number is None else f'{ours} · '}{shown}"
 
 

@@ -8,7 +8,19 @@ import pytest
 import yaml
 
 from kdiga_nb import paths
-from kdiga_nb.artifacts.claims import EXPECTED, FAILS, HOLDS, RULES, UNMEASURED, Claim, Number, judge, ledger, read
+from kdiga_nb.artifacts.claims import (
+    EXPECTED,
+    FAILS,
+    HOLDS,
+    RULES,
+    UNMEASURED,
+    Claim,
+    Judged,
+    Number,
+    judge,
+    ledger,
+    read,
+)
 from kdiga_nb.params import AlignmentParams, ParameterError, Table1Params, Table6Params, at_scale, scales
 
 TABLE = {
@@ -141,3 +153,30 @@ def test_the_kits_ledger_expects_verdicts_of_published_scales_alone() -> None:
     assert {scale for one in claims for scale in one.expected} == published
     assert all(one.expected and set(one.expected.values()) <= set(EXPECTED) for one in claims)
     assert len({one.claim for one in claims}) == len(claims) and findings
+
+
+@pytest.mark.parametrize(
+    ("word", "bound", "number", "within_chance"),
+    [
+        ("more_than", 0, Number(0.5, -0.1, 1.2), True),
+        ("more_than", 0, Number(4.2, 2.2, 6.3), False),
+        ("more_than", 0, Number(1.0, 0.0, 2.0), True),  # 0 itself is not more than 0
+        ("at_least", 0, Number(1.0, 0.0, 2.0), False),
+        ("at_most", 5, Number(7.0, 5.1, 8.0), False),
+        ("less_than", 5, Number(7.0, 4.9, 8.0), True),
+        ("falls_by", 1, Number(-2.0, -3.0, -0.5), True),
+        ("within", 10, Number(11.0, -12.0, 15.0), True),  # both ends fail, and 0 between them holds
+        ("within", 10, Number(-12.0, -14.0, -11.0), False),
+        ("at_least", 0, Number(1.0), False),  # no interval
+    ],
+)
+def test_a_verdict_is_within_chance_if_its_interval_holds_both(
+    word: str, bound: float, number: Number, within_chance: bool
+) -> None:
+    one = claim({word: bound, "of": ["a", "robust"]})
+    verdict = HOLDS if RULES[word].holds(number.value, one.bound) else FAILS
+    assert Judged(one, verdict, number).within_chance == within_chance
+
+
+def test_what_is_not_measured_is_not_within_chance() -> None:
+    assert not Judged(claim({"at_least": 0, "of": ["a", "robust"]}), UNMEASURED, None).within_chance
