@@ -1,4 +1,4 @@
-"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library, with our own Square."""
+"""AutoAttack (Croce & Hein 2020): an adapter to the pyautoattack library, with faster members of our own."""
 
 import json
 import logging
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdiga_nb.attacks.apgd import APGD
 from kdiga_nb.attacks.checks import _check_epsilon, check_inputs
+from kdiga_nb.attacks.fab import FAB
 from kdiga_nb.attacks.gradient import ball
 from kdiga_nb.attacks.square import Square
 from kdiga_nb.numerics.batches import in_batches
@@ -42,6 +44,7 @@ MEMBERS = {
     "apgd": ("apgd-ce", "apgd-t"),
     "square": ("square",),
 }
+TARGETS = 9  # wrong classes that APGD-T and FAB-T aim at, or as many as there are
 # Members whose loss compares the largest logits, and how many.
 LOGITS_COMPARED = {"apgd-t": 4, "apgd-dlr": 3}
 
@@ -49,6 +52,8 @@ LOGITS_COMPARED = {"apgd-t": 4, "apgd-dlr": 3}
 @dataclass(frozen=True)
 class AutoAttack:
     """Croce & Hein's parameter-free ensemble, run by the pyautoattack library.
+
+    The members are the kit's own where the net is deterministic and ``version`` is not "rand", else the library's.
 
     ``version`` is "standard" or "rand", or a part of the standard ensemble: "apgd" or "square" (see ``MEMBERS``).
     """
@@ -127,7 +132,8 @@ class AutoAttack:
             flags.extend(found)
             return (adversarial,)
 
-        return in_batches(work, (x, y), self.batch_size, models=[model])[0], flags
+        copies = TARGETS if member in ("apgd-t", "fab-t") else 1  # several targets of an image enter one batch
+        return in_batches(work, (x, y), self.batch_size, models=[model], copies=copies)[0], flags
 
     def _attack(self, member: str, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, list[str]]:
         """Run one member through the library; restore the tracer, the generators and the logger."""
@@ -148,13 +154,12 @@ class AutoAttack:
                     model, attacks=attacks, version="custom", eps=self.epsilon, seed=self.seed, device=x.device
                 )
                 with torch.no_grad():
-                    targets = min(9, model(x[:1]).shape[1] - 1)
+                    targets = min(TARGETS, model(x[:1]).shape[1] - 1)
                 library.apgd_targeted.n_target_classes = library.fab.n_target_classes = targets
                 # As the library's own "standard" and "rand" set it; its custom version would restart five times.
                 library.apgd.n_restarts = 1
-                if member == "square" and _repeats(model, x):
-                    square: Any = Square(library.get_logits, self.epsilon)
-                    library.square = square
+                if self.version != "rand" and _repeats(model, x):
+                    _use_own_members(library, self.epsilon, targets, logger)
                 if self.version == "rand":
                     library.apgd.eot_iter = 20
                     library.version = "rand"
@@ -167,8 +172,19 @@ class AutoAttack:
         return adversarial.detach().clamp(lower, upper), flags.messages
 
 
+def _use_own_members(library: Any, epsilon: float, targets: int, logger: logging.Logger) -> None:
+    """Put the kit's members in the place of the library's, which are slower and find the same."""
+    from pyautoattack.checks import check_zero_gradients
+
+    predict = library.get_logits
+    library.apgd = APGD(predict, epsilon)
+    library.apgd_targeted = APGD(predict, epsilon, targets, lambda gradient: check_zero_gradients(gradient, logger))
+    library.fab = FAB(predict, epsilon, targets)
+    library.square = Square(predict, epsilon)
+
+
 def _repeats(model: nn.Module, x: Tensor) -> bool:
-    """Whether the net gives the same logits twice; the library's own Square attacks a net that does not."""
+    """Whether the net gives the same logits twice; the library's own members attack a net that does not."""
     with torch.no_grad():
         return torch.equal(model(x), model(x))
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdiga_nb.attacks import Attack
+from kdiga_nb.attacks import Attack, apgd, fab
 from kdiga_nb.attacks.autoattack import MEMBERS, AutoAttack, AutoAttackReport
 from kdiga_nb.attacks.gradient import FGSM, PGD, ball
 from kdiga_nb.attacks.square import Square
@@ -523,7 +523,7 @@ def masked(
 def test_autoattack_and_its_library_agree_on_every_image(case: Case, library: Library) -> None:
     assert 0 < case.report.robust.sum() < case.report.survivors["apgd-ce"].sum() < case.report.survivors["clean"].sum()
     assert torch.equal(case.report.robust, library.robust)
-    torch.testing.assert_close(case.found, library.images, rtol=0, atol=1e-6)
+    assert torch.equal(case.model(case.found).argmax(1) == case.labels, library.robust)
 
 
 def test_autoattack_and_its_library_agree_after_every_member(case: Case, library: Library) -> None:
@@ -535,11 +535,84 @@ def test_the_standard_version_is_the_librarys_own(
     case: Case, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Restarts and queries show in the number of forward passes; ours adds a few checks before each member."""
-    monkeypatch.setattr("kdiga_nb.attacks.autoattack._repeats", lambda model, x: False)  # the library's own Square
+    monkeypatch.setattr("kdiga_nb.attacks.autoattack._repeats", lambda model, x: False)  # the library's own members
     theirs = run_case(case.model, case.images, case.labels, case.attack.epsilon, tmp_path / "state.json")
     assert abs(theirs.forwards - library.forwards) < 60
     assert case.forwards < theirs.forwards - 2000
     assert torch.equal(case.report.robust, theirs.report.robust)
+
+
+class Between(nn.Module):
+    """A net in float64 for a library that works in float32."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.double()).float()
+
+
+def bent(seed: int, channels: int = 1, images: int = 40) -> tuple[nn.Module, Tensor, Tensor]:
+    """A smooth net of five classes of about equal size in float64, images and the net's own labels."""
+    x = torch.rand(images, channels, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16 * channels, 16), nn.Tanh(), last := nn.Linear(16, 5)).double()
+    with torch.no_grad():
+        last.bias -= net(x).mean(0)
+        return net, x, net(x).argmax(1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("radius", [0.03, 0.08])
+@pytest.mark.parametrize("rows", [1, 100, 10_000])
+def test_apgd_and_fab_give_the_librarys_verdicts(
+    seed: int, radius: float, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one target per batch APGD-T makes the library's draws; with several it starts elsewhere."""
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.fab_pt import FABAttack_PT
+
+    monkeypatch.setattr(apgd, "ROWS", rows)
+    monkeypatch.setattr(fab, "ROWS", rows)
+    net, x, y = bent(seed)
+    x = x.float().double()  # the library's own precision
+    wide = Between(net)
+    theirs = {
+        "apgd-ce": APGDAttack(wide, eps=radius, seed=0, device="cpu"),
+        "apgd-t": APGDAttack_targeted(wide, eps=radius, seed=0, n_target_classes=4, device="cpu"),
+        "fab-t": FABAttack_PT(wide, eps=radius, seed=0, targeted=True, n_target_classes=4, device="cpu"),
+    }
+    ours = {
+        "apgd-ce": apgd.APGD(net, radius),
+        "apgd-t": apgd.APGD(net, radius, 4),
+        "fab-t": fab.FAB(net, radius, 4),
+    }
+    with frozen(net), torch.random.fork_rng():
+        for name, attack in ours.items():
+            x_adv = attack.perturb(x, y)
+            fooled = net(x_adv).argmax(1) != y
+            assert (x_adv - x).abs().max() <= radius + 1e-12
+            assert 0 < fooled.sum() < len(x)
+            assert torch.equal(x_adv[~fooled], x[~fooled])
+            assert torch.equal(fooled, wide(theirs[name].perturb(x.float(), y)).argmax(1) != y), name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_projection_is_the_librarys(seed: int) -> None:
+    from pyautoattack.fab_projections import projection_linf
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(60, 12, generator=generator, dtype=torch.float64)
+    normal = torch.randn(60, 12, generator=generator, dtype=torch.float64)
+    normal[:, 0] = 0
+    offset = (normal * x).sum(1) + 3 * torch.randn(60, generator=generator, dtype=torch.float64)
+    move = fab.projection(x, normal, offset)
+    torch.testing.assert_close(move, projection_linf(x, normal, offset), rtol=0, atol=1e-9)
+    assert ((x + move) >= -1e-12).all() and ((x + move) <= 1 + 1e-12).all()
+    reached = (normal * (x + move)).sum(1)
+    assert 0 < torch.isclose(reached, offset).sum() < 60  # where the plane crosses the cube, and where it does not
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -548,11 +621,7 @@ def test_square_finds_the_librarys_images_with_fewer_questions(channels: int, se
     """In float64, where the size of a batch does not decide which of two squares is better."""
     from pyautoattack.square import SquareAttack
 
-    x = torch.rand(40, channels, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(16 * channels, 16), nn.Tanh(), last := nn.Linear(16, 5)).double()
-    last.bias.data -= net(x).mean(0)  # classes of about equal size, and margins of every length
-    y, epsilon = net(x).argmax(1), 0.08
+    (net, x, y), epsilon = bent(seed, channels), 0.08
     with Forwards(net) as theirs:
         library = SquareAttack(
             net, p_init=0.8, n_queries=3000, eps=epsilon, norm="Linf", seed=seed, resc_schedule=False
