@@ -21,6 +21,7 @@ def isd_without_teacher(
     head_dropout: float,
     *,
     loop_schedule: Schedule | None = None,
+    fresh: bool = False,
 ) -> list[Run]:
     """ISD-WoT (Algorithm 2): the standard-trained net ``first``, then ``loops`` loops; loops + 1 runs.
 
@@ -30,6 +31,7 @@ def isd_without_teacher(
         learning_rate_decay: μ; every loop fine-tunes at μη. (The authors' code runs loop 1 at η.)
         head_dropout: dropout of the student in every loop; the teacher has none, because it is in eval mode.
         loop_schedule: the schedule of the loops (default: that of ``first``); its learning rate is replaced by μη.
+        fresh: every loop starts from fresh weights and not, as in the paper, from its teacher's.
 
     Raises:
         ValueError: fewer than one loop.
@@ -39,7 +41,8 @@ def isd_without_teacher(
     schedule = replace(schedule, learning_rate=first.schedule.learning_rate * learning_rate_decay)
     chain = [first]
     for _ in range(loops):
-        chain.append(_loop(first, chain[-1], method, schedule, head_dropout))
+        loop = _loop(first, chain[-1], method, schedule, head_dropout)
+        chain.append(replace(loop, init=None) if fresh else loop)
     return chain
 
 

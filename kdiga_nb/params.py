@@ -376,6 +376,22 @@ class AlignmentParams(Table1Params):
     gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
 
 
+class IsdSearchParams(IsdParams):
+    """Seven choices of a self-distillation loop together, then its weight alone, then the best for all loops."""
+
+    section: ClassVar[str] = "isd_search"
+    relu_student: MaybeModel = _knob("the student with ReLU for GELU; none: the activation is not varied", default=NONE)
+    weights: Annotated[list[Positive], Field(min_length=1)] = _knob(
+        "weights of the alignment in one loop, all else as the paper has it",
+        default=[0.01, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
+    )
+    finalists: list[Annotated[int, Field(ge=1, le=16)]] = _knob(
+        "combinations (1 to 16) followed for all loops: the best on the held-out training images", default=[]
+    )
+    apgd_images: Count = _knob("test images of APGD-CE and APGD-T")
+    gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
+
+
 class BaselineParams(Table1Params):
     """KDIGA beside the adversarial distillations since the paper, and beside its controls."""
 

@@ -1,6 +1,7 @@
 """Chains of self-distillation: each a prefix of the next, with the teachers, starts and rates of Algorithms 2 and 3."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -56,6 +57,14 @@ def test_every_later_loop_distils_and_starts_from_the_one_before(chain: list[Run
 
 def test_without_teacher_begins_with_the_standard_net_as_it_is():
     assert without(3)[0] is FIRST
+
+
+def test_fresh_students_differ_from_the_paper_only_in_their_start():
+    chain, fresh = without(3), isd_without_teacher(FIRST, METHOD, 3, MU, DROPOUT, fresh=True)
+    assert fresh[0] == FIRST and all(run.init is None for run in fresh)
+    for run, previous, paper in zip(fresh[1:], fresh, chain[1:], strict=False):
+        assert run.teacher == previous
+        assert replace(run, teacher=paper.teacher, init=paper.init) == paper
 
 
 @pytest.mark.parametrize("teacher", [TEACHER, Checkpoint("robust.pt", model="digits_wide:digits")])

@@ -11,9 +11,12 @@ from kdiga_nb.artifacts.studies import (
     audit_jobs,
     audit_plan,
     baselines,
+    combination_row,
     factors,
     findings,
     isd_autoattack,
+    isd_factors,
+    isd_search,
     main_effects,
     pareto,
     prop1_certified,
@@ -31,6 +34,7 @@ from kdiga_nb.params import (
     BaselineParams,
     ExploreParams,
     IsdAutoAttackParams,
+    IsdSearchParams,
     ParetoParams,
     Prop1Params,
     Prop2Params,
@@ -60,6 +64,7 @@ STUDIES: dict[str, Artifact] = {
     "ablations": Artifact(AblationParams, ablations),
     "pareto": Artifact(ParetoParams, pareto),
     "alignment_or_penalty": Artifact(AlignmentParams, alignment_or_penalty),
+    "isd_search": Artifact(IsdSearchParams, isd_search),
     "baselines": Artifact(BaselineParams, baselines),
 }
 EVERY: dict[str, Artifact] = ARTIFACTS | STUDIES

@@ -7,6 +7,7 @@ trains is the same run here.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 from scipy.stats import t as student_t
@@ -36,14 +37,17 @@ from kdiga_nb.attacks.losses import LossPGD
 from kdiga_nb.audit.certify import CertifiedRadius
 from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
 from kdiga_nb.audit.verdict import Found
-from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy
+from kdiga_nb.isd import isd_without_teacher
+from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy, ValidationAccuracy
 from kdiga_nb.methods import ARD, AT, IAD, IGDM, KD, KDIGA, KDIGA_ARD_A, RSLAD, ST, TRADES, AdaAD, Method
 from kdiga_nb.params import (
+    NONE,
     AblationParams,
     AlignmentParams,
     AuditParams,
     BaselineParams,
     IsdAutoAttackParams,
+    IsdSearchParams,
     ParetoParams,
     Prop1Params,
     Prop2Params,
@@ -241,6 +245,23 @@ _COLUMNS = [*_FREE, *(tuple(math.prod(s) for s in zip(*(_FREE[i] for i in three)
                       for three in ((1, 2, 3), (0, 2, 3), (0, 1, 2), (0, 1, 3)))]  # fmt: skip
 
 
+Level = tuple[str, ...]  # a choice, its low and high level, and one word per level
+
+
+def _design(levels: Sequence[Level]) -> list[Factor]:
+    """At most eight choices, each with a column of the design."""
+    return [
+        Factor(name, low, high, signs, (few, more))
+        for (name, low, high, few, more), signs in zip(levels, _COLUMNS, strict=False)
+    ]
+
+
+def _levels(chosen: Sequence[Factor], index: int) -> tuple[dict[str, bool], str]:
+    """Which choices a combination (from 0) has at the high level, and the combination in words."""
+    high = {factor.name: factor.signs[index] > 0 for factor in chosen}
+    return high, " ".join(factor.words[high[factor.name]] for factor in chosen)
+
+
 def factors() -> list[Factor]:
     """The eight choices in the order of the design's columns."""
     weights, temperatures, rates = LAMBDA_LEVELS, TEMPERATURE_LEVELS, DROPOUT_LEVELS
@@ -254,10 +275,7 @@ def factors() -> list[Factor]:
         ("selection", "validation", "best on test", "val", "test"),
         ("init", "fresh", "from the ST net", "fresh", "ST"),
     ]
-    return [
-        Factor(name, low, high, signs, (few, more))
-        for (name, low, high, few, more), signs in zip(levels, _COLUMNS, strict=True)
-    ]
+    return _design(levels)
 
 
 def _ablation_schedule(params: AblationParams) -> Schedule:
@@ -299,11 +317,10 @@ def ablations(params: AblationParams) -> Experiment:
     """Sixteen combinations of eight choices; then the paper's and the authors' presets over all seeds."""
     rows = []
     for index in range(16):
-        high = {factor.name: factor.signs[index] > 0 for factor in factors()}
-        words = [factor.words[high[factor.name]] for factor in factors()]
+        high, words = _levels(factors(), index)
         run = _combination(params, high)
         cells = accuracy_cells(params, (run,), autoattack=False)
-        rows.append(Row(f"combination_{index + 1:02d}", " ".join(words), (run,), cells))
+        rows.append(Row(combination_row(index + 1), words, (run,), cells))
     paper, authors = (params.model_copy(update={"preset": preset}) for preset in ("paper", "author_code"))
     weight = params.lambda_iga * params.batch_size**1.5
     presets: dict[str, tuple[str, AblationParams, Method]] = {
@@ -344,12 +361,16 @@ def main_effects(chosen: Sequence[Factor], values: Sequence[float]) -> list[Effe
     def contrast(signs: Sequence[int]) -> float:
         return 2 * sum(sign * value for sign, value in zip(signs, values, strict=True)) / n
 
-    first = chosen[0].signs
-    pairs = {tuple(a * b for a, b in zip(first, other.signs, strict=True)) for other in chosen[1:]}
+    pairs = {tuple(a * b for a, b in zip(one.signs, two.signs, strict=True)) for one, two in combinations(chosen, 2)}
     error = math.sqrt(sum(contrast(signs) ** 2 for signs in pairs) / len(pairs))
     reach = float(student_t.ppf(0.975, len(pairs))) * error
     effects = [(factor, contrast(factor.signs)) for factor in chosen]
     return [Effect(factor, points, points - reach, points + reach) for factor, points in effects]
+
+
+def combination_row(number: int, loop: int = 1) -> str:
+    """The row id of a combination (from 1), and of a later loop of it: combination_03, combination_03_loop_2."""
+    return f"combination_{number:02d}" + (f"_loop_{loop}" if loop > 1 else "")
 
 
 def worth_of_test_selection(experiment: Experiment) -> list[float]:
@@ -447,6 +468,112 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
             rows.append(row(weighted_row(kind, weight), f"{label}, λ = {weight:g}", runs, True))
     title = "The teacher's gradient, or a small gradient?"
     return Experiment("alignment_or_penalty", title, tuple(rows), params)
+
+
+# Levels of the search for ISD, low then high. Stronger levels make fresh students fail, and show little else.
+ISD_LAMBDA_LEVELS, ISD_RATE_LEVELS = (1.0, 3.0), (1.0, 0.1)
+PAPERS_RATE = 0.01  # μ of Appendix E
+
+
+def isd_factors(params: IsdSearchParams) -> list[Factor]:
+    """The choices of one ISD-WoT loop in the order of the design's columns; without a ReLU student, six."""
+    weights, rates, dropouts = ISD_LAMBDA_LEVELS, ISD_RATE_LEVELS, DROPOUT_LEVELS
+    levels: list[Level] = [
+        ("lambda_isd", *(f"{value:g}" for value in weights), *(f"λ{value:g}" for value in weights)),
+        ("init", "from the teacher", "fresh", "teacher", "fresh"),
+        ("head_dropout", *(f"{value:g}" for value in dropouts), *(f"drop{value:g}" for value in dropouts)),
+        ("iga_norm", "per_sample", "batch, same effective weight", "sample", "batch"),
+        ("first teacher", "last epoch", "most robust epoch", "last", "robust"),
+        ("learning_rate_decay", *(f"{value:g}" for value in rates), *(f"μ{value:g}" for value in rates)),
+        ("activation", "GELU", "ReLU", "GELU", "ReLU"),
+    ]
+    return _design(levels if params.relu_student != NONE else levels[:-1])
+
+
+def _first_net(params: IsdSearchParams, robust: bool, relu: bool) -> Run:
+    """Loop 0: standard training; its last epoch, or the one that is most robust on held-out training images.
+
+    The second stands for the authors' selection by PGD-20 on the test set, without its look at the test set.
+    """
+    schedule = schedule_of(params)
+    if robust:
+        schedule = replace(schedule, selection="validation", selection_epsilon=params.epsilon)
+    model = params.relu_student if relu else params.student
+    return Run(params.dataset, model, ST(), schedule, params.seeds[0])
+
+
+def _searched(params: IsdSearchParams, high: dict[str, bool], loops: int) -> list[Run]:
+    """Loops 0 … L of one combination."""
+    weight = ISD_LAMBDA_LEVELS[high["lambda_isd"]]
+    by_batch = {"norm": "batch", "lambda_iga": weight * params.batch_size**1.5}
+    method = method_of(params, KDIGA, **(by_batch if high["iga_norm"] else {"lambda_iga": weight}))
+    return isd_without_teacher(
+        _first_net(params, high["first teacher"], high.get("activation", False)),
+        method,
+        loops,
+        ISD_RATE_LEVELS[high["learning_rate_decay"]],
+        DROPOUT_LEVELS[high["head_dropout"]],
+        loop_schedule=schedule_of(params, params.isd_epochs),
+        fresh=high["init"],
+    )
+
+
+def isd_search(params: IsdSearchParams) -> Experiment:
+    """Does any setting make iterative self-distillation robust? Half a factorial, a grid of weights, the best for long.
+
+    The validation columns, on held-out training images, choose the finalists; the test columns judge them.
+    """
+    pgd = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts)
+    apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
+    gradients = Gradients(params.epsilon, params.gradient_images)
+    rows: dict[str, Row] = {}
+
+    def add(name: str, label: str, run: Run) -> None:
+        cells = [
+            cell_of("validation_clean", (run,), ValidationAccuracy()),
+            cell_of(f"validation_pgd{params.pgd_steps}", (run,), ValidationAccuracy(pgd)),
+            *accuracy_cells(params, (run,), autoattack=False),
+            cell_of("apgd", (run,), apgd),
+        ]
+        if isinstance(run.teacher, Run):
+            cells += [_compared(key, (run,), gradients, (run.teacher,), key) for key in ("norm", "cosine")]
+        rows[name] = Row(name, label, (run,), tuple(cells))
+
+    for robust, relu in product((False, True), (False, True) if params.relu_student != NONE else (False,)):
+        words = ("most robust epoch" if robust else "last epoch") + (", ReLU" if relu else "")
+        name = "st" + "_robust" * robust + "_relu" * relu
+        add(name, f"loop 0: student (ST), {words}", _first_net(params, robust, relu))
+    for number in range(1, 17):
+        high, words = _levels(isd_factors(params), number - 1)
+        last = params.loops if number in params.finalists else 1
+        for loop, run in enumerate(_searched(params, high, last)[1:], 1):
+            add(combination_row(number, loop), f"{words}, loop {loop}" if loop > 1 else words, run)
+    first = _first_net(params, robust=False, relu=False)
+
+    def one_loop(method: Method, decay: float = params.learning_rate_decay) -> Run:
+        schedule = schedule_of(params, params.isd_epochs)
+        run = isd_without_teacher(first, method, 1, decay, params.head_dropout, loop_schedule=schedule)[1]
+        return run if method.needs_teacher else replace(run, teacher=None)
+
+    for weight in params.weights:
+        run = one_loop(method_of(params, KDIGA, lambda_iga=weight))
+        add(weighted_row("isd_wot_1", weight), f"{isd_label('isd_wot', 1)}, λ = {weight:g}", run)
+    middle = params.lambda_isd
+    slow = one_loop(method_of(params, KDIGA, lambda_iga=middle), PAPERS_RATE)
+    add("isd_wot_1_slow", f"{isd_label('isd_wot', 1)}, λ = {middle:g}, μ = {PAPERS_RATE:g}", slow)
+    controls: dict[str, tuple[str, Method]] = {
+        "isd_wot_1_zero": ("target gradient zero", method_of(params, KDIGA, lambda_iga=middle, target_gradient="zero")),
+        "isd_wot_1_shuffled": (
+            "gradients shuffled",
+            method_of(params, KDIGA, lambda_iga=middle, target_gradient="shuffled"),
+        ),
+        "self_kd": ("no alignment (KD)", method_of(params, KD)),
+        "self_st": ("no teacher (ST)", ST()),
+    }
+    for name, (words, method) in controls.items():
+        add(name, f"control of {isd_label('isd_wot', 1)}: {words}", one_loop(method))
+    title = "Does any setting make self-distillation robust?"
+    return Experiment("isd_search", title, tuple(rows.values()), params)
 
 
 def baselines(params: BaselineParams) -> Experiment:

@@ -26,6 +26,7 @@ from kdiga_nb.report.study_figures import (
     plot_audit,
     plot_effects,
     plot_radii,
+    plot_search,
     plot_surfaces,
     plot_tightness,
     plot_weights,

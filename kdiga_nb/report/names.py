@@ -75,4 +75,6 @@ def heading(metric: str) -> str:
     """A metric as the heading of a table's column, without keys of the code."""
     if metric.startswith("teacher_"):
         return f"teacher, {heading(metric.removeprefix('teacher_'))}"
+    if metric.startswith("validation_"):
+        return f"held out, {heading(metric.removeprefix('validation_'))}"
     return _HEADINGS.get(metric) or NAMES.get(metric) or metric_name(metric).replace("_", " ")

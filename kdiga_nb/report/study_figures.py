@@ -1,5 +1,6 @@
 """Figures of the studies: robustness audit, certified radii, tightness of Proposition 2, main effects."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdiga_nb.artifacts.studies import WEIGHTED, Effect, weighted_row, weights_of
+from kdiga_nb.artifacts.recipes import isd_row
+from kdiga_nb.artifacts.reported import TABLE1
+from kdiga_nb.artifacts.studies import WEIGHTED, Effect, combination_row, isd_factors, weighted_row, weights_of
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
-from kdiga_nb.params import AlignmentParams
+from kdiga_nb.params import AlignmentParams, IsdSearchParams
 from kdiga_nb.report.colors import label_color, method_color, metric_color
 from kdiga_nb.report.figures import one_panel, plain_axes
 from kdiga_nb.report.names import metric_name
@@ -169,4 +172,60 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     figure.legend(
         loc="outside right center", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9
     )
+    return figure
+
+
+def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figure:
+    """Robust against clean accuracy of every net of the search for ISD: what no setting reaches stays empty.
+
+    Dots are combinations of the factorial (hollow: fresh students), the line is the grid of weights, thin lines follow
+    the finalists loop by loop; where the data are CIFAR-10, the paper's loops are drawn as well.
+    """
+    params = experiment.params
+    assert isinstance(params, IsdSearchParams)
+    robust, numbers = f"pgd{params.pgd_steps}", values(table)
+    figure, axes = one_panel(10.2, 5.2)
+    color = method_color("isd_wot")
+
+    def points(rows: Sequence[str]) -> tuple[list[float], list[float]]:
+        found = [(numbers[row, "clean"], numbers[row, robust]) for row in rows]
+        found = [point for point in found if not np.isnan(point).any()]
+        return [x for x, _ in found], [y for _, y in found]
+
+    init = next(factor for factor in isd_factors(params) if factor.name == "init")
+    for level, face in ((-1, color), (1, "none")):
+        rows = [combination_row(number) for number in range(1, 17) if init.signs[number - 1] == level]
+        label = "16 settings, student " + (init.high if level > 0 else init.low)
+        axes.scatter(*points(rows), s=42, facecolors=face, edgecolors=color, label=label, zorder=3)
+    for index, number in enumerate(params.finalists):
+        rows = [combination_row(number, loop) for loop in range(1, params.loops + 1)]
+        style = ("-", "--", ":")[index % 3]
+        axes.plot(*points(rows), style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
+    sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
+    axes.plot(*points(sweep), "v-", color="#4b0082", markersize=5, linewidth=1, label="one loop over λ (numbers)")
+    labelled: list[tuple[float, float]] = []  # a point closer than 3 to one of them would share its label's place
+    for weight, row in zip(params.weights, sweep, strict=True):
+        place = (numbers[row, "clean"], numbers[row, robust])
+        if all(math.dist(place, other) > 3 for other in labelled):
+            axes.annotate(f"{weight:g}", place, (5, 4), textcoords="offset points", fontsize=8, color="#4b0082")
+            labelled.append(place)
+    controls = {"isd_wot_1_zero": "X", "isd_wot_1_shuffled": "P", "self_kd": "s", "self_st": "D"}
+    for row, marker in controls.items():
+        label = short(experiment.row(row).label)
+        axes.plot(*points([row]), marker, color=method_color(row), markersize=8, label=label, linestyle="none")
+    axes.plot(*points(["st"]), "*", color=method_color("st"), markersize=12, label="loop 0 (ST)", linestyle="none")
+    if params.dataset == "cifar10":
+        paper = [TABLE1[isd_row("isd_wot", loop)] for loop in range(1, 7)]
+        axes.plot(
+            [row["clean"] for row in paper],
+            [row["pgd20"] for row in paper],
+            "o-",
+            color="0.55",
+            markersize=4,
+            label="the paper's loops 1 to 6",
+        )
+    axes.set_xlabel("clean accuracy (%)")
+    axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
+    axes.set_title(title)
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
     return figure

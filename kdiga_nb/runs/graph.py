@@ -23,7 +23,7 @@ from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError
 from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import _NAMES, Run, Source, ancestors, run_key
-from kdiga_nb.runs.store import check_writable, is_finished, load_or_train, log, measure, measured
+from kdiga_nb.runs.store import check_writable, is_finished, lacks_weights, load_or_train, log, measure, measured
 from kdiga_nb.training import Callback, TrainingState
 
 _LOCKS: list[FileLock] = []  # a lock that is garbage is released
@@ -96,7 +96,7 @@ def run_all(
         progress: called every second or so with (jobs done, jobs to do, current work).
     """
     graph = graph_of(jobs)
-    todo = distributed.broadcast_from_rank0(lambda: [job for job in graph if not job.is_done()])
+    todo = distributed.broadcast_from_rank0(lambda: _to_do(graph))
     outcome = Outcome(cached=len(graph) - len(todo))
     if not todo or os.environ.get(NO_TRAINING):
         return outcome
@@ -126,6 +126,16 @@ def graph_of(jobs: Iterable[Job]) -> list[Job]:
     wanted = list(jobs)
     graph = [Job(run) for run in ancestors([run for job in wanted for run in [job.run, *job.needs()]])]
     return graph + [job for job in dict.fromkeys(wanted) if job.measure is not None]
+
+
+def _to_do(graph: list[Job]) -> list[Job]:
+    """The jobs without a result. A published run without weights that one of them needs is made again as a whole."""
+    todo, before = {job for job in graph if not job.is_done()}, -1
+    while len(todo) != before:
+        before = len(todo)
+        again = {run for job in todo for run in job.needs() if lacks_weights(run)}
+        todo |= {job for job in graph if job.run in again}
+    return [job for job in graph if job in todo]
 
 
 def default_workers(device: str | None = None) -> int:

@@ -122,7 +122,11 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: s
                 raise StoreError(f"run {key}: its weights take more than {LIMIT / 1e6:g} MB")
             names.append(WEIGHTS)
         for name in names:
-            shutil.copyfile(source / name, home / key / name)
+            if name == "run.json":  # without the mark of a pulled run
+                record = json.loads((source / name).read_text())
+                write_json(home / key / name, {k: v for k, v in record.items() if k != "published"})
+            else:
+                shutil.copyfile(source / name, home / key / name)
             files[f"{key}/{name}"] = digest_of(home / key / name)
         keys.append(key)
     made = {

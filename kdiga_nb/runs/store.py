@@ -224,6 +224,9 @@ def _read_measures(path: Path, *written: int) -> dict[str, Any]:
     return measures
 
 
+NO_WEIGHTS = "its weights are not among the published ones"
+
+
 def lacks_weights(run: Run) -> bool:
     """Whether the run was pulled without its weights: its results are there, its net is not."""
     return is_published(run) and not (folder(run) / "model.safetensors").exists()
@@ -235,7 +238,7 @@ def damage(run: Run) -> str | None:
     try:
         record = json.loads((home / "run.json").read_text())
         if lacks_weights(run):
-            return "its weights are not among the published ones"
+            return NO_WEIGHTS
         if record["sha256"] != digest_of(home / "model.safetensors"):
             return "the weights do not match their sha256"
         return None if (home / "history.csv").exists() else "history.csv is missing"
@@ -259,7 +262,8 @@ def _set_aside_if_damaged(run: Run) -> bool:
             return True
         aside = home.with_name(f"{home.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         home.rename(aside)
-    log.warning("run %s is damaged (%s); set aside as %s and trained again", home.name, reason, aside.name)
+    what = "was published without its weights" if reason == NO_WEIGHTS else f"is damaged ({reason})"
+    log.warning("run %s %s; set aside as %s and trained again", home.name, what, aside.name)
     return True
 
 

@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from kdiga_nb import report
+from kdiga_nb import paths, report
 from kdiga_nb import report as plots
 from kdiga_nb.artifacts import ARTIFACTS, STUDIES
-from kdiga_nb.artifacts.studies import Factor, audit_jobs, factors, findings, main_effects, worth_of_test_selection
+from kdiga_nb.artifacts.studies import (
+    Factor,
+    audit_jobs,
+    combination_row,
+    factors,
+    findings,
+    isd_factors,
+    main_effects,
+    worth_of_test_selection,
+)
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.measures import plan
 from kdiga_nb.audit.verdict import verdict
@@ -206,6 +217,65 @@ def test_milestones_of_an_ablation_lie_within_its_epochs() -> None:
         assert run.schedule.milestones == milestones
     with pytest.raises(ParameterError, match=r"ablation_epochs: .*greater than or equal to 2"):
         study("smoke", "ablations", ablation_epochs=1)
+
+
+# ---- the search for ISD ----
+
+
+def test_a_setting_of_the_search_has_the_levels_of_its_row() -> None:
+    found = study("digits", "isd_search")
+    chosen = isd_factors(found.params)  # pyright: ignore[reportArgumentType]
+    read_off = {
+        "lambda_isd": lambda run: run.method.lambda_iga > 2 * (64**1.5 if run.method.norm == "batch" else 1),
+        "init": lambda run: run.init is None,
+        "head_dropout": lambda run: run.head_dropout > 0,
+        "iga_norm": lambda run: run.method.norm == "batch",
+        "first teacher": lambda run: run.teacher.schedule.selection == "validation",
+        "learning_rate_decay": lambda run: run.schedule.learning_rate < run.teacher.schedule.learning_rate,
+        "activation": lambda run: run.model.endswith("_relu"),
+    }
+    assert [factor.name for factor in chosen] == list(read_off)
+    for index in range(16):
+        (run,) = found.row(combination_row(index + 1)).runs
+        assert {f.name: f.signs[index] > 0 for f in chosen} == {name: high(run) for name, high in read_off.items()}
+        assert run.init in (None, run.teacher)
+
+
+def test_main_effects_of_the_search_are_clear_of_pairs_of_choices() -> None:
+    chosen = isd_factors(study("digits", "isd_search").params)  # pyright: ignore[reportArgumentType]
+    columns = np.array([factor.signs for factor in chosen])
+    assert np.array_equal(columns @ columns.T, 16 * np.eye(len(chosen)))
+    for one, two in combinations(columns, 2):
+        assert not (columns @ (one * two)).any()
+
+
+def test_the_finalists_are_followed_and_the_controls_differ_in_one_thing() -> None:
+    found = study("digits", "isd_search", finalists=[13], loops=3)
+    later = [row.id for row in found.rows if "_loop_" in row.id]
+    assert later == ["combination_13_loop_2", "combination_13_loop_3"]
+    assert found.row(later[1]).runs[0].teacher == found.row(later[0]).runs[0]
+    (aligned,) = found.row("isd_wot_1_30").runs
+    for name, target in (("isd_wot_1_zero", "zero"), ("isd_wot_1_shuffled", "shuffled")):
+        (control,) = found.row(name).runs
+        assert replace(control, method=replace(control.method, target_gradient="teacher")) == aligned  # pyright: ignore
+        assert control.method.target_gradient == target  # pyright: ignore[reportAttributeAccessIssue]
+    (plain,) = found.row("self_st").runs
+    assert plain == replace(aligned, method=ST(), teacher=None)
+    assert (
+        study("cifar10", "isd_search").row("st").runs and len(isd_factors(study("cifar10", "isd_search").params)) == 6
+    )  # pyright: ignore
+    with pytest.raises(ParameterError, match=r"finalists.*less than or equal to 16"):
+        study("smoke", "isd_search", finalists=[17])
+
+
+def test_the_published_finalists_are_the_best_on_held_out_images() -> None:
+    ours = report.values(pd.read_csv(paths.published("digits") / "isd_search.csv"))
+    params = study("digits", "isd_search").params
+    score = {
+        number: ours[combination_row(number), "validation_clean"] + ours[combination_row(number), "validation_pgd20"]
+        for number in range(1, 17)
+    }
+    assert sorted(params.finalists) == sorted(sorted(score, key=lambda n: score[n])[-3:])  # pyright: ignore
 
 
 # ---- what is shown ----

@@ -17,7 +17,7 @@ from kdiga_nb.methods import ST
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.report import reproduce
 from kdiga_nb.runs import StoreError, shipped
-from kdiga_nb.runs.graph import Job
+from kdiga_nb.runs.graph import Job, run_all
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import Run, folder, run_key
 from kdiga_nb.runs.store import damage, halve_weights, is_finished, load_or_train, measure, measured
@@ -56,6 +56,13 @@ def test_what_is_packed_comes_back_and_gives_its_number_again(published: Path) -
     assert [entry["state"] for entry in list_store()] == ["published", "published"]
 
 
+def test_what_was_pulled_is_packed_without_its_mark(published: Path) -> None:
+    before = (published / run_key(NET) / "run.json").read_bytes()
+    shipped.pull("smoke")
+    shipped.pack("smoke", [NET, BARE], [NET])
+    assert (published / run_key(NET) / "run.json").read_bytes() == before and shipped.faults("smoke") == []
+
+
 def test_a_run_without_weights_serves_tables_and_is_trained_again_for_its_net(published: Path) -> None:
     shipped.pull("smoke")
     assert is_finished(BARE) and measured(BARE, CLEAN) is not None
@@ -63,6 +70,14 @@ def test_a_run_without_weights_serves_tables_and_is_trained_again_for_its_net(pu
     load_or_train(BARE, device="cpu")
     assert damage(BARE) is None and measured(BARE, CLEAN) is None
     assert len(list(paths.runs().glob(f"{run_key(BARE)}.damaged-*"))) == 1
+
+
+def test_a_new_measurement_of_a_run_without_weights_brings_its_other_measurements_back(published: Path) -> None:
+    shipped.pull("smoke")
+    more = TestAccuracy(None, 60)
+    outcome = run_all([Job(BARE, CLEAN), Job(BARE, more)], workers=1)
+    assert not outcome.failed and outcome.cached == 0
+    assert measured(BARE, CLEAN) is not None and measured(BARE, more) is not None
 
 
 def test_a_notebook_counts_published_runs(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
