@@ -1,6 +1,7 @@
 """The kit on a GPU: is it right there, how fast is it, and the trainings of CIFAR-10 in the order of their worth.
 
-    python benchmarks/on_gpu.py check [--seconds 5]      gradients against CPU float64, waits, ms per step, shared GPU
+    python benchmarks/on_gpu.py check [--seconds 5]      gradients against CPU float64, waits, shared GPU
+    python benchmarks/on_gpu.py speed                    ms, kernels, memory and share of the ceiling of ST and KDIGA
     python benchmarks/on_gpu.py learn [--minutes 8]      train and measure ``cifar10_cpu`` (``--device cpu`` rehearses)
     python benchmarks/on_gpu.py pack FOLDER              records, measures and float16 weights as few, small archives
 
@@ -19,11 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from steps import Flops, Where, ceiling
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts.recipes import standard_training, table1_runs
@@ -107,10 +111,15 @@ def check_gradients(device: str) -> None:
                 say(f"  {name}, {str(layout)[6:]}, {words}: {error:.2e}, {cosine:.5f}")
 
 
-def stepper(name: str, method: Method, n: int, device: str, bf16: bool = True, teacher: str = "") -> Callable[[], Any]:
-    """A training step on the device, ready to be repeated."""
+def stepper(
+    name: str, method: Method, n: int, device: str, bf16: bool = True, layout: torch.memory_format | None = None
+) -> Callable[[], Any]:
+    """A training step on the device, ready to be repeated; student and teacher are of the same kind."""
     where = torch.device(device)
-    student, other = placed(net(name, 0), where), placed(net(teacher or name, 1), where).eval().requires_grad_(False)
+    student, other = placed(net(name, 0), where), placed(net(name, 1), where).eval().requires_grad_(False)
+    if layout is not None:
+        for one in (student, other):
+            one.to(memory_format=layout)  # pyright: ignore[reportCallIssue] (missing in the stubs)
     optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, fused=where.type == "cuda")
     x, y = batch(n, device)
     models = [Autocast(one, where) if bf16 else one for one in (student, other)]
@@ -156,22 +165,6 @@ def check_waits(device: str) -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def check_speed(device: str, rounds: int) -> None:
-    n = 256 if device == "cuda" else 4
-    with computing(torch.device(device)):
-        for name, size, bf16 in (
-            ("cifar_cnn", n, True),
-            ("cifar_cnn", n, False),
-            ("cifar_cnn", 2 * n, True),
-            ("mobilenet_v2", n, False),
-            ("mobilenet_v2", n, True),
-        ):
-            for words in ("ST", "KDIGA", "AT"):
-                step = stepper(name, METHODS[words], size, device, bf16)
-                ms = milliseconds(step, device, rounds)
-                say(f"  {name}, batch {size}, {'bf16' if bf16 else 'float32'}, {words}: {ms:.2f} ms per step")
-
-
 def _count_steps(arguments: tuple[str, float]) -> int:
     device, seconds = arguments
     step, done = stepper("cifar_cnn", KDIGA(), 256 if device == "cuda" else 4, device), 0
@@ -202,13 +195,71 @@ def check(arguments: argparse.Namespace) -> None:
     say(torch.__version__, torch.cuda.get_device_name() if device == "cuda" else "CPU", os.cpu_count(), "cores")
     parts: dict[str, Callable[[], None]] = {
         "waits": lambda: check_waits(device),
-        "speed": lambda: check_speed(device, 20 if device == "cuda" else 1),
         "sharing": lambda: check_sharing(device, arguments.seconds, arguments.workers),
         "gradients": lambda: check_gradients(device),
     }
     for part in arguments.only or parts:
         say(part)
         parts[part]()
+
+
+# ---- speed ----
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators and the floating-point operations of convolutions and matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.flops = 0, Flops()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        with self.flops:
+            return func(*args, **(kwargs or {}))
+
+
+def kernels(step: Callable[[], Any]) -> int:
+    """GPU kernels that a step launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """One line per net, layout, precision and batch; a combination that does not fit says so."""
+    device, on_gpu = arguments.device, arguments.device == "cuda"
+    where, rounds = torch.device(device), 20 if on_gpu else 1
+    layouts = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+    top = {precision: ceiling(Where(where, precision)) for precision in ("float32", "bfloat16")}
+    say({precision: f"{value / 1e12:.1f} TFLOP/s" for precision, value in top.items()}, "one large matrix product")
+    sizes = [size if on_gpu else size // 64 for size in arguments.batch]
+    nets = ("cifar_cnn", "mobilenet_v2", "preact_resnet18")
+    for name, size, layout, precision in product(nets, sizes, layouts, top):
+        found: dict[str, float] = {}
+        for words in ("ST", "KDIGA"):
+            with computing(where):
+                try:
+                    step = stepper(name, METHODS[words], size, device, precision == "bfloat16", layouts[layout])
+                    found[words] = milliseconds(step, device, rounds)
+                except torch.OutOfMemoryError:
+                    say(f"  {name}, batch {size}, {layout}, {precision}, {words}: out of memory")
+                    break
+                with Calls() as calls:
+                    step()
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                    step()
+                launched = f"{kernels(step)} kernels" if on_gpu else f"{calls.operators} operators"
+                peak = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB, " if on_gpu else ""
+                share = calls.flops.total / found[words] * 1000 / top[precision]
+                say(
+                    f"  {name}, batch {size}, {layout}, {precision}, {words}: {found[words]:.2f} ms, {launched}, "
+                    f"{peak}{100 * share:.1f} % of the ceiling"
+                )
+        if len(found) == 2:
+            say(f"    KDIGA ÷ ST {found['KDIGA'] / found['ST']:.2f}")
 
 
 # ---- learn ----
@@ -413,20 +464,22 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("check")
     one.add_argument("--seconds", type=float, default=5, help="how long ``sharing`` counts steps")
-    one.add_argument("--only", nargs="*", choices=["waits", "speed", "sharing", "gradients"])
+    one.add_argument("--only", nargs="*", choices=["waits", "sharing", "gradients"])
+    four = commands.add_parser("speed")
+    four.add_argument("--batch", type=int, nargs="*", default=[128, 512])
     two = commands.add_parser("learn")
     two.add_argument("--minutes", type=float, default=8)
     two.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     two.add_argument("--paper-epochs", type=int, default=0, help="also MobileNetV2's ST for so many epochs; 0: not")
     two.add_argument("--paper-loops", type=int, default=1)
-    for parser_ in (one, two):
+    for parser_ in (one, two, four):
         parser_.add_argument("--device", default="cuda")
         parser_.add_argument("--workers", type=int, default=12)
     three = commands.add_parser("pack")
     three.add_argument("folder")
     three.add_argument("--parts", type=int, default=4)
     arguments = parser.parse_args()
-    {"check": check, "learn": learn, "pack": pack}[arguments.command](arguments)
+    {"check": check, "speed": speed, "learn": learn, "pack": pack}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _scope = threading.local()
-# Up to this many elements, the overhead of calls dominates, and PyTorch's path, which has fewer calls, is faster.
+# Up to this many elements, the overhead of calls dominates, and PyTorch's path, which has fewer calls, is faster. Not so
+# for grouped convolutions, where PyTorch makes calls for each group.
 SMALL = 2**16
 
 
@@ -42,8 +43,8 @@ def twice_differentiable() -> Iterator[None]:
         _scope.active = before
 
 
-def _active(x: Tensor) -> bool:
-    return getattr(_scope, "active", False) and torch.is_grad_enabled() and x.numel() > SMALL
+def _active(x: Tensor, groups: int = 1) -> bool:
+    return getattr(_scope, "active", False) and torch.is_grad_enabled() and (groups > 1 or x.numel() > SMALL)
 
 
 def use_operators(model: nn.Module) -> nn.Module:
@@ -164,7 +165,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, K, H', W')."""
-        if not _active(input):
+        if not _active(input, self.groups):
             return super().forward(input)
         device, weight, bias = input.device.type, self.weight, self.bias
         if torch.is_autocast_enabled(device):  # what autocast does to PyTorch's own convolution

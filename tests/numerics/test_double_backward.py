@@ -256,13 +256,13 @@ def test_off_the_cpu_a_convolution_is_given_one_memory_layout():
     assert seen.orders == [[True, True, True]] * 2
 
 
-def test_small_tensors_take_torchs_path(monkeypatch: pytest.MonkeyPatch):
+def test_small_tensors_take_torchs_path_unless_the_convolution_is_grouped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    module = use_operators(nn.Conv2d(1, 2, 3))
+    module, grouped = use_operators(nn.Conv2d(1, 2, 3)), use_operators(nn.Conv2d(2, 2, 3, groups=2))
     with twice_differentiable():
-        small, large = module(torch.rand(2, 1, 8, 8)), module(torch.rand(5, 1, 128, 128))
-    names = [type(value.grad_fn).__name__ for value in (small, large)]
-    assert names[0] == "ConvolutionBackward0" and names[1] != names[0]
+        values = module(torch.rand(2, 1, 8, 8)), module(torch.rand(5, 1, 128, 128)), grouped(torch.rand(2, 2, 8, 8))
+    small, large, by_groups = (type(value.grad_fn).__name__ for value in values)
+    assert small == "ConvolutionBackward0" != large and by_groups == large
 
 
 @pytest.mark.parametrize("name", [*NETS, "digits_wide", "digits_vit"])
