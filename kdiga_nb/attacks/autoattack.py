@@ -178,7 +178,7 @@ def _use_own_members(library: Any, epsilon: float, targets: int, logger: logging
 
     predict = library.get_logits
     library.apgd = APGD(predict, epsilon)
-    library.apgd_targeted = APGD(predict, epsilon, targets, lambda gradient: check_zero_gradients(gradient, logger))
+    library.apgd_targeted = APGD(predict, epsilon, targets, lambda gradient: check_zero_gradients(gradient.flatten(1), logger))
     library.fab = FAB(predict, epsilon, targets)
     library.square = Square(predict, epsilon)
 

@@ -794,3 +794,17 @@ def test_a_dynamic_net_is_flagged_and_the_flag_does_not_stick(fragile: tuple[nn.
     net, (x, y) = fragile
     assert any("dynamic defense" in flag for flag in AutoAttack(0.5).evaluate(Dynamic(net).eval(), x, y).flags)
     assert AutoAttack(0.5).evaluate(net, x, y).flags == []
+
+
+def test_autoattack_on_a_net_with_another_memory_layout() -> None:
+    """A channels-last net gives gradients in its own order, which the library's checks cannot take."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+    x = torch.rand(6, 3, 6, 6)
+    y = net(x).argmax(1)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=layout)  # pyright: ignore[reportCallIssue] (missing in the stubs)
+        found.append(AutoAttack(0.01).evaluate(net, x, y))
+    assert found[0].survivors.keys() == found[1].survivors.keys()
+    assert found[0].robust.any() and found[0].robust.tolist() == found[1].robust.tolist()
