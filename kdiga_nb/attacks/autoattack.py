@@ -178,7 +178,9 @@ def _use_own_members(library: Any, epsilon: float, targets: int, logger: logging
 
     predict = library.get_logits
     library.apgd = APGD(predict, epsilon)
-    library.apgd_targeted = APGD(predict, epsilon, targets, lambda gradient: check_zero_gradients(gradient.flatten(1), logger))
+    # The library's check cannot take the gradients of a channels-last net as they are.
+    check = lambda gradient: check_zero_gradients(gradient.flatten(1), logger)  # noqa: E731
+    library.apgd_targeted = APGD(predict, epsilon, targets, check)
     library.fab = FAB(predict, epsilon, targets)
     library.square = Square(predict, epsilon)
 

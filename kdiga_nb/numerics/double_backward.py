@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _scope = threading.local()
-# Up to this many elements, the overhead of calls dominates, and PyTorch's path, which has fewer calls, is faster. Not so
+# Up to this many elements, the overhead of calls dominates, and PyTorch's path, which has fewer calls, is faster. Not
 # for grouped convolutions, where PyTorch makes calls for each group.
 SMALL = 2**16
 

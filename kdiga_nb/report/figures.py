@@ -33,6 +33,59 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], size: float = 8) -> None:
+    """Write a text beside each point, where it hides no line, marker or other text, as far as there is such a place.
+
+    Args:
+        labels: text, x, y and colour of each; call this when everything else is drawn.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # the layout is known now
+    to_pixels, unit = axes.transData.transform, figure.dpi / 72
+    drawn = [to_pixels(np.column_stack(line.get_data()).astype(float)) for line in axes.lines]
+    drawn = [path for path in drawn if len(path)]
+    drawn += [to_pixels(np.asarray(dots.get_offsets(), float)) for dots in axes.collections]
+    hidden = [path[~np.isnan(path).any(1)] for path in drawn]
+    steps = np.linspace(0, 1, 100)[:, None, None]
+    obstacles = np.concatenate([(path[:-1] + steps * np.diff(path, axis=0)).reshape(-1, 2) for path in hidden] + hidden)
+    frame, taken = axes.get_window_extent(), []
+    directions = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)]
+    sides = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
+    for text, x, y, color in sorted(labels, key=lambda label: -len(label[0])):  # long ones have the fewest places
+        choices = []
+        for distance in (5, 10, 16):
+            for right, up in directions:
+                alone = 1.4 if not (right and up) else 1.0  # straight to a side the marker is as near as at a corner
+                written = axes.annotate(
+                    text,
+                    (x, y),
+                    (right * distance * alone, up * distance * alone),
+                    textcoords="offset points",
+                    ha=sides[right][0],
+                    va=sides[up][1],
+                    fontsize=size,
+                    color=color,
+                )
+                box = written.get_window_extent()
+                over = (
+                    (obstacles > (box.x0 - unit, box.y0 - unit)) & (obstacles < (box.x1 + unit, box.y1 + unit))
+                ).all(1)
+                outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+                cost = (
+                    over.sum()
+                    + 1000 * sum(box.padded(3 * unit).overlaps(other) for other in taken)
+                    + 1000 * outside
+                    + distance / 100
+                )
+                choices.append((float(cost), len(choices), written, box))
+        best = min(choices)
+        taken.append(best[3])
+        for choice in choices:
+            if choice is not best:
+                choice[2].remove()
+
+
 def _whiskers(entry: Any) -> tuple[list[float], list[float]]:
     return [max(entry["value"] - entry["low"], 0)], [max(entry["high"] - entry["value"], 0)]
 

@@ -16,7 +16,7 @@ from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
 from kdiga_nb.params import AlignmentParams, IsdSearchParams
 from kdiga_nb.report.colors import label_color, method_color, metric_color
-from kdiga_nb.report.figures import one_panel, plain_axes
+from kdiga_nb.report.figures import label_points, one_panel, plain_axes
 from kdiga_nb.report.names import metric_name
 from kdiga_nb.report.numbers import results, short, values
 
@@ -148,6 +148,7 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     """
     numbers = values(table)
     figure, axes = one_panel(10.2, 4.8)
+    labels: list[tuple[str, float, float, Any]] = []
     for index, (kind, (label, _)) in enumerate(WEIGHTED.items()):
         rows = [(weight, weighted_row(kind, weight)) for weight in weights_of(params, kind)]
         points = [(weight, numbers[row, "clean"], numbers[row, robust]) for weight, row in rows]
@@ -157,21 +158,19 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
         xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
         style: dict[str, Any] = {"color": method_color(kind, index), "marker": "o^sDv"[index], "markersize": 6}
         axes.plot(xs, ys, label=label, linewidth=1.2, **style)
-        for weight, x, y in points:
-            place = ((5, 5), (5, -11), (-8, 7), (6, -4), (5, 5))[index]  # lines may lie close together
-            axes.annotate(f"{weight:g}", (x, y), place, textcoords="offset points", fontsize=8, color=style["color"])
+        labels += [(f"{weight:g}", x, y, style["color"]) for weight, x, y in points]
     stars = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
     for row, words in stars.items():
         x, y = numbers[row, "clean"], numbers[row, robust]
         axes.plot(x, y, "*", color="0.2", markersize=10)
-        place, side = ((8, -4), "left") if row == "st" else ((-8, -4), "right")
-        axes.annotate(words, (x, y), place, textcoords="offset points", fontsize=9, color="0.2", ha=side)
+        labels.append((words, x, y, "0.2"))
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
     figure.legend(
         loc="outside right center", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9
     )
+    label_points(axes, labels)
     return figure
 
 
@@ -203,12 +202,12 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
         axes.plot(*points(rows), style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
     sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
     axes.plot(*points(sweep), "v-", color="#4b0082", markersize=5, linewidth=1, label="one loop over λ (numbers)")
-    labelled: list[tuple[float, float]] = []  # a point closer than 3 to one of them would share its label's place
+    labels: list[tuple[str, float, float, Any]] = []
     for weight, row in zip(params.weights, sweep, strict=True):
-        place = (numbers[row, "clean"], numbers[row, robust])
-        if all(math.dist(place, other) > 3 for other in labelled):
-            axes.annotate(f"{weight:g}", place, (5, 4), textcoords="offset points", fontsize=8, color="#4b0082")
-            labelled.append(place)
+        x, y = numbers[row, "clean"], numbers[row, robust]
+        # Points within 3 of each other would share a place; the first one's label stands for them.
+        if not math.isnan(x + y) and all(math.dist((x, y), other[1:3]) > 3 for other in labels):
+            labels.append((f"{weight:g}", x, y, "#4b0082"))
     controls = {"isd_wot_1_zero": "X", "isd_wot_1_shuffled": "P", "self_kd": "s", "self_st": "D"}
     for row, marker in controls.items():
         label = short(experiment.row(row).label)
@@ -228,4 +227,5 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    label_points(axes, labels)
     return figure

@@ -1,0 +1,24 @@
+"""What figures share: labels that hide nothing."""
+
+from itertools import combinations
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kdiga_nb.report.figures import label_points, one_panel
+
+
+def test_labels_of_points_stay_apart_and_off_the_lines() -> None:
+    figure, axes = one_panel(6, 4)
+    xs, ys = [1.0, 1.1, 1.2, 5.0], [1.0, 1.05, 1.0, 4.0]
+    axes.plot(xs, ys, "o-")
+    label_points(axes, [(word, x, y, "0.2") for word, x, y in zip(("one", "two", "three", "ten"), xs, ys, strict=True)])
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == ["one", "ten", "three", "two"]
+    assert not any(one.overlaps(two) for one, two in combinations(boxes, 2))
+    path = axes.transData.transform(np.column_stack([np.linspace(1.2, 5, 200), np.linspace(1, 4, 200)]))
+    frame = axes.get_window_extent()
+    for box in boxes:
+        assert not any(box.contains(*point) for point in path)
+        assert frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
+    plt.close(figure)
