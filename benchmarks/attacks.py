@@ -1,14 +1,21 @@
 """PGD and AutoAttack beside their peers, on the same net, images and starts, with the verdicts compared image by image.
 
     python benchmarks/attacks.py [--images 500] [--rounds 5]
+    python benchmarks/attacks.py --scale cifar10_cpu --row st --row kdiga --images 200    AutoAttack by member only
+    python benchmarks/attacks.py --seeds 3 --row st --row kd …                            its verdicts only
 
 The net is Table 1's KDIGA student on the digits, from the run store; the peers are foolbox and ART for PGD-20 (without
-a random start, so that all three walk the same path), and pyautoattack alone for AutoAttack.
+a random start, so that all three walk the same path), and pyautoattack alone for AutoAttack. By member, the library's
+members and the kit's attack the same folded net.
 """
 
 import argparse
 import json
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +24,9 @@ from side_by_side import alternate, machine
 from torch import Tensor, nn
 
 from kdiga_nb.artifacts.paper import table1
-from kdiga_nb.attacks.autoattack import AutoAttack
+from kdiga_nb.attacks import autoattack
 from kdiga_nb.attacks.gradient import PGD
-from kdiga_nb.data import load_data
+from kdiga_nb.data import Data, load_data
 from kdiga_nb.numerics.folding import folded_copy
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.runs.store import load_or_train
@@ -68,7 +75,7 @@ def _verdict(model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         return model(x_adv).argmax(1) == y
 
 
-def autoattack(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+def whole(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
     """Seconds of AutoAttack, and on how many images the verdicts differ."""
     from pyautoattack import AutoAttack as Library
 
@@ -76,7 +83,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str,
     quick = folded_copy(model, load_data("digits").image_shape)
 
     def kit() -> None:
-        found["kit"] = AutoAttack(EPSILON).evaluate(quick, x, y).robust
+        found["kit"] = autoattack.AutoAttack(EPSILON).evaluate(quick, x, y).robust
 
     def library() -> None:
         attack = Library(model, eps=EPSILON, seed=0, version="standard")
@@ -92,23 +99,96 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str,
     }
 
 
+@contextmanager
+def librarys_members() -> Iterator[None]:
+    """Inside, ``AutoAttack`` runs the library's members and not the kit's."""
+    own, autoattack._use_own_members = autoattack._use_own_members, lambda *_: None
+    try:
+        yield
+    finally:
+        autoattack._use_own_members = own
+
+
+def by_member(model: nn.Module, data: Data, epsilon: float, images: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each member, on the images that those before it have left, and how many verdicts differ."""
+    net, attack = folded_copy(model, data.image_shape), autoattack.AutoAttack(epsilon)
+    x, y = data.test.images[:images], data.test.labels[:images]
+    right, result = _verdict(net, x, y), {}
+    for member in autoattack.MEMBERS["standard"]:
+        x, y = x[right], y[right]
+        if not len(x):
+            break
+        found: dict[str, Tensor] = {}
+
+        def run(name: str, member: str = member, x: Tensor = x, y: Tensor = y, found: Any = found) -> None:
+            with librarys_members() if name == "library" else nullcontext():
+                found[name] = _verdict(net, attack._run(member, net, x, y)[0], y)
+
+        seconds = alternate({name: partial(run, name) for name in ("kit", "library")}, rounds)
+        result[member] = {
+            "images": len(x),
+            "seconds": seconds,
+            "kit / library": seconds["kit"]["median"] / seconds["library"]["median"],
+            "verdicts that differ": int((found["kit"] != found["library"]).sum()),
+        }
+        right = found["kit"]
+    return result
+
+
+def equality(model: nn.Module, data: Data, epsilon: float, images: int, seeds: int) -> dict[str, Any]:
+    """Verdicts of the kit and of the library, whole AutoAttack, under several seeds of its random draws.
+
+    ``open`` counts images whose verdict also changes between the library's own seeds.
+    """
+    net, x, y = folded_copy(model, data.image_shape), data.test.images[:images], data.test.labels[:images]
+    ours, theirs = [], []
+    for seed in range(seeds):
+        ours.append(autoattack.AutoAttack(epsilon, seed=seed).evaluate(net, x, y).robust)
+        with librarys_members():
+            theirs.append(autoattack.AutoAttack(epsilon, seed=seed).evaluate(net, x, y).robust)
+    differ = torch.stack([one != two for one, two in zip(ours, theirs, strict=True)])
+    drawn = torch.stack(theirs).any(0) & ~torch.stack(theirs).all(0)
+    return {
+        "verdicts": differ.numel(),
+        "verdicts that differ": int(differ.sum()),
+        "of them on images that depend on the library's seed": int((differ & drawn).sum()),
+        "images that depend on the library's seed": int(drawn.sum()),
+        "robust, kit": [int(one.sum()) for one in ours],
+        "robust, library": [int(one.sum()) for one in theirs],
+    }
+
+
 def main() -> None:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", default="digits")
+    parser.add_argument("--row", action="append", help="rows of Table 1: AutoAttack only, by member")
+    parser.add_argument("--seeds", type=int, default=0, help="compare verdicts under so many seeds instead of times")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers' own
-    torch.set_num_threads(1)
-    run = table1(at_scale(Table1Params, "digits")).row("kdiga").runs[0]
-    model = load_or_train(run, device="cpu").requires_grad_(False)
-    data = load_data("digits")
-    x, y = data.test.images[: arguments.images], data.test.labels[: arguments.images]
-    result = {
-        "machine": machine(),
-        "pgd": pgd(model, x, y, arguments.rounds),
-        "autoattack": autoattack(model, x[:200], y[:200], 3),
-    }
+    params = at_scale(Table1Params, arguments.scale)
+    data = load_data(params.dataset)
+    torch.set_num_threads(1 if data.single_thread else torch.get_num_threads())
+    table = table1(params)
+    nets = {row: load_or_train(table.row(row).runs[0], device="cpu").requires_grad_(False)
+            for row in arguments.row or ["kdiga"]}  # fmt: skip
+    result: dict[str, Any] = {"machine": machine()}
+    if arguments.row:
+        for row, net in nets.items():
+            common = (net, data, params.epsilon, arguments.images)
+            result[row] = (
+                equality(*common, arguments.seeds) if arguments.seeds else by_member(*common, arguments.rounds)
+            )
+            print(row, json.dumps(result[row]), file=sys.stderr, flush=True)
+    else:
+        model, (x, y) = nets["kdiga"], (part[: arguments.images] for part in data.test)
+        result |= {
+            "pgd": pgd(model, x, y, arguments.rounds),
+            "autoattack": whole(model, x[:200], y[:200], 3),
+            "members": by_member(model, data, params.epsilon, 200, 2),
+        }
     print(json.dumps(result, indent=1))
 
 

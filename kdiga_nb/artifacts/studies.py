@@ -525,7 +525,7 @@ def isd_search(params: IsdSearchParams) -> Experiment:
     """
     pgd = evaluation_pgd(params.epsilon, params.pgd_steps, params.pgd_restarts)
     apgd = TestAccuracy(AutoAttack(params.epsilon, version="apgd"), params.apgd_images)
-    gradients = Gradients(params.epsilon, params.gradient_images)
+    gradients = Gradients(params.epsilon, params.gradient_images, steps=(0,), grid=3)
     rows: dict[str, Row] = {}
 
     def add(name: str, label: str, run: Run) -> None:
