@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from test_layers import LEVELS
 
 from kdiga_nb import __version__
-from kdiga_nb.artifacts import baselines
+from kdiga_nb.artifacts import baselines, combination_row
 from kdiga_nb.artifacts.costs import relative_cost
 from kdiga_nb.params import BaselineParams, at_scale
 from kdiga_nb.paths import ROOT, published
@@ -244,6 +244,15 @@ def test_the_tables_on_photographs_are_the_committed_results() -> None:
     assert_table("docs/results.md", "| row of Table 1, CIFAR-10 |", quoted("cifar10_cpu", CIFAR_ROWS, columns))
     grid = quoted("cifar10_cpu", GRID_ROWS, ["clean, ours", "pgd20, ours"], "alignment_or_penalty")
     assert_table("docs/results.md", "| net | clean | PGD-20 |", grid)
+
+
+def test_the_table_of_the_search_is_the_committed_result() -> None:
+    table = table_of("cifar10_cpu", "isd_search")
+    shown = show(table, ["clean", "pgd20", "apgd"])
+    rows = ["st", *(combination_row(index) for index in range(1, 17))]
+    labels = [table.loc[table["row"] == row, "label"].iloc[0] for row in rows]
+    expected = [[label, *(str(shown.loc[label, f"{m}, ours"]) for m in ("clean", "pgd20", "apgd"))] for label in labels]
+    assert_table("docs/results.md", "| setting of one loop | clean |", expected)
 
 
 def test_the_table_of_later_distillations_is_the_committed_result() -> None:

@@ -191,6 +191,11 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
         found = [point for point in found if not np.isnan(point).any()]
         return [x for x, _ in found], [y for _, y in found]
 
+    def draw(rows: Sequence[str], style: str, **more: Any) -> None:
+        xs, ys = points(rows)
+        if xs:  # what is not measured needs no line in the legend
+            axes.plot(xs, ys, style, **more)
+
     init = next(factor for factor in isd_factors(params) if factor.name == "init")
     for level, face in ((-1, color), (1, "none")):
         rows = [combination_row(number) for number in range(1, 17) if init.signs[number - 1] == level]
@@ -199,9 +204,9 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
     for index, number in enumerate(params.finalists):
         rows = [combination_row(number, loop) for loop in range(1, params.loops + 1)]
         style = ("-", "--", ":")[index % 3]
-        axes.plot(*points(rows), style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
+        draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
     sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
-    axes.plot(*points(sweep), "v-", color="#4b0082", markersize=5, linewidth=1, label="one loop over λ (numbers)")
+    draw(sweep, "v-", color="#4b0082", markersize=5, linewidth=1, label="one loop over λ (numbers)")
     labels: list[tuple[str, float, float, Any]] = []
     for weight, row in zip(params.weights, sweep, strict=True):
         x, y = numbers[row, "clean"], numbers[row, robust]
@@ -211,8 +216,8 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
     controls = {"isd_wot_1_zero": "X", "isd_wot_1_shuffled": "P", "self_kd": "s", "self_st": "D"}
     for row, marker in controls.items():
         label = short(experiment.row(row).label)
-        axes.plot(*points([row]), marker, color=method_color(row), markersize=8, label=label, linestyle="none")
-    axes.plot(*points(["st"]), "*", color=method_color("st"), markersize=12, label="loop 0 (ST)", linestyle="none")
+        draw([row], marker, color=method_color(row), markersize=8, label=label, linestyle="none")
+    draw(["st"], "*", color=method_color("st"), markersize=12, label="loop 0 (ST)", linestyle="none")
     if params.dataset == "cifar10":
         paper = [TABLE1[isd_row("isd_wot", loop)] for loop in range(1, 7)]
         axes.plot(

@@ -29,7 +29,7 @@ from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.measures import plan
 from kdiga_nb.audit.verdict import verdict
 from kdiga_nb.methods import ARD, AT, KDIGA, PRESETS, ST
-from kdiga_nb.params import ParameterError, at_scale, scales
+from kdiga_nb.params import IsdSearchParams, ParameterError, at_scale, scales
 from kdiga_nb.runs import Checkpoint
 from kdiga_nb.runs.graph import run_all
 from kdiga_nb.runs.run import Run, ancestors, run_key
@@ -261,9 +261,8 @@ def test_the_finalists_are_followed_and_the_controls_differ_in_one_thing() -> No
         assert control.method.target_gradient == target  # pyright: ignore[reportAttributeAccessIssue]
     (plain,) = found.row("self_st").runs
     assert plain == replace(aligned, method=ST(), teacher=None)
-    assert (
-        study("cifar10", "isd_search").row("st").runs and len(isd_factors(study("cifar10", "isd_search").params)) == 6
-    )  # pyright: ignore
+    without = study("cifar10", "isd_search").params
+    assert isinstance(without, IsdSearchParams) and len(isd_factors(without)) == 6
     with pytest.raises(ParameterError, match=r"finalists.*less than or equal to 16"):
         study("smoke", "isd_search", finalists=[17])
 
