@@ -67,7 +67,7 @@ def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Fi
         drawn.savefig(home / f"{name}.png", dpi=150)
         # Fixed ids and no date, so that the same figure gives the same file.
         with matplotlib.rc_context({"svg.hashsalt": name}):
-            drawn.savefig(home / f"{name}.svg", metadata={"Date": None})
+            drawn.savefig(home / f"{name}.svg", dpi=150, metadata={"Date": None})
     record = json.dumps(provenance(experiment), indent=1, ensure_ascii=False)
     (home / f"{experiment.name}.json").write_text(record + "\n")
 

@@ -76,7 +76,9 @@ def plot_radii(experiment: Experiment, names: Sequence[str], title: str) -> Figu
         student = [radius for result in certified for radius in result["radii"]]
         limit = 1.05 * max([*teacher, *student, 1e-3])
         axes.plot([0, limit], [0, limit], color="black", linewidth=0.8)
-        axes.scatter(teacher, student, s=8, alpha=0.35, color=method_color(name, index), linewidths=0)
+        # One dot per image: as pixels, thousands of them do not make the SVG large.
+        color = method_color(name, index)
+        axes.scatter(teacher, student, s=8, alpha=0.35, color=color, linewidths=0, rasterized=True)
         kept = 100 * float(np.mean(np.array(student) >= np.array(teacher)))
         axes.set_title(f"{short(experiment.row(name).label)}\n{kept:.0f} % at or above the teacher", fontsize=9)
         axes.set_xlabel("teacher's certified radius")
@@ -100,9 +102,8 @@ def plot_tightness(experiment: Experiment, title: str) -> Figure:
             (images,) = [result["images"] for result in results(row, "gap")]
             gap, bound = np.array(images["gap"]), np.array(images[form])
             broken, total = broken + int((gap > bound).sum()), total + len(gap)
-            axes.scatter(
-                bound, gap, s=7, alpha=0.4, color=method_color(row.id, index), linewidths=0, label=short(row.label)
-            )
+            style: dict[str, Any] = {"color": method_color(row.id, index), "label": short(row.label)}
+            axes.scatter(bound, gap, s=7, alpha=0.4, linewidths=0, rasterized=True, **style)
         axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="bound (nats)")
         axes.set_title(f"{name}\n{broken} of {total} images above the diagonal", fontsize=9)
