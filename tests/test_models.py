@@ -175,6 +175,7 @@ def test_an_unknown_name_is_answered_with_all_names() -> None:
 # Parameters as published: author code (MobileNetV2), the nets' papers, timm's model cards; 10 and 1,000 classes.
 PARAMETERS = {
     "cifar_cnn": 1_113_730,
+    "cifar_cnn_relu": 1_113_730,
     "cifar_cnn_wide": 1_978_026,
     "mobilenet_v2": 2_296_922,
     "wrn_28_10": 36_479_194,
