@@ -17,6 +17,8 @@ from typing import Any
 
 HOME = Path(__file__).parent
 BF16_MODELS = ("mobilenet_v2", "preact_resnet18")
+ATTACKED = ("st", "kd", "kdiga", "trades_teacher", "isd_wot_1", "isd_wot_3", "isd_wot_6", "isd_wit_1", "penalty",
+            "trades_student")  # fmt: skip
 BENCHMARKS = {
     "steps": ["steps.py", "--scaling"],
     **{
@@ -31,6 +33,7 @@ BENCHMARKS = {
     },
     "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
+    "autoattack_verdicts": ["attacks.py", "--seeds", "3", "--images", "100", *(f"--row={row}" for row in ATTACKED)],
     "explorer": ["explorer.py"],
     "reproduce_smoke": ["reproduce.py", "--scale", "smoke"],
     "reproduce": ["reproduce.py"],

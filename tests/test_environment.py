@@ -387,6 +387,10 @@ def test_the_speed_page_quotes_the_saved_benchmarks() -> None:
     assert_table("docs/speed.md", "| what | ratio", renewed)
     assert pgd["verdicts that differ"] == {"foolbox": 0, "art": 0}
     assert aa["verdicts that differ"] == 0
+    nets = [entry for name, entry in saved("autoattack_verdicts").items() if name != "machine"]
+    seen, differ = (sum(entry[key] for entry in nets) for key in ("verdicts", "verdicts that differ"))
+    assert len(nets) == 10
+    assert_sentences([f"{differ} of {seen:,} verdicts differ"], ROOT / "docs" / "speed.md")
     names = {"mobilenet_v2": "MobileNetV2", "preact_resnet18": "PreActResNet-18"}
     scaling = [
         [
