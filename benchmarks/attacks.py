@@ -136,10 +136,7 @@ def by_member(model: nn.Module, data: Data, epsilon: float, images: int, rounds:
 
 
 def equality(model: nn.Module, data: Data, epsilon: float, images: int, seeds: int) -> dict[str, Any]:
-    """Verdicts of the kit and of the library, whole AutoAttack, under several seeds of its random draws.
-
-    ``open`` counts images whose verdict also changes between the library's own seeds.
-    """
+    """Verdicts of the kit and of the library, whole AutoAttack, under several seeds of its random draws."""
     net, x, y = folded_copy(model, data.image_shape), data.test.images[:images], data.test.labels[:images]
     ours, theirs = [], []
     for seed in range(seeds):

@@ -10,7 +10,7 @@ published files contain it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from kdiga_nb.numerics.double_backward import use_operators
 
 ImageShape = tuple[int, int, int]
-Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Normalize(nn.Module):
@@ -47,27 +46,20 @@ class DigitsCNN(nn.Module):
     net is piecewise constant, and the alignment of a fresh ReLU student collapses at weights λ_IGA that GELU tolerates.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        image_shape: ImageShape,
-        head_dropout: float,
-        activation: type[nn.Module] = nn.GELU,
-    ):
+    def __init__(self, width: int, num_classes: int, image_shape: ImageShape, head_dropout: float):
         super().__init__()
         channels, height, rows = image_shape
         self.features = nn.Sequential(
             Normalize([0.3] * channels, [0.4] * channels),
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
-            activation(),
+            nn.GELU(),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(2 * width),
-            activation(),
+            nn.GELU(),
             nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
             nn.BatchNorm2d(2 * width),
-            activation(),
+            nn.GELU(),
             nn.AvgPool2d(2),
             nn.Flatten(),
         )
@@ -195,11 +187,11 @@ class MobileNetV2(nn.Module):
 
 
 class _PooledResidual(nn.Module):
-    """Convolution, 2×2 max-pool, BN, activation; then a residual branch of the same without pooling."""
+    """Convolution, 2×2 max-pool, BN, GELU; then a residual branch of the same without pooling."""
 
-    def __init__(self, inputs: int, outputs: int, activation: Activation):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.activation = activation
+        self.activation = nn.GELU()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
@@ -221,24 +213,15 @@ class CifarCNN(nn.Module):
 
     channels_last = True  # the quicker memory order for this net on a CPU too, see ``placed``
 
-    def __init__(
-        self,
-        width: int,
-        num_classes: int,
-        image_shape: ImageShape,
-        head_dropout: float,
-        activation: Activation = F.gelu,
-    ):
+    def __init__(self, width: int, num_classes: int, image_shape: ImageShape, head_dropout: float):
         super().__init__()
-        self.activation = activation
+        self.activation = nn.GELU()
         channels, stem = image_shape[0], width // 2
         self.normalize = Normalize([0.4914, 0.4822, 0.4465][:channels], [0.2470, 0.2435, 0.2616][:channels])
         self.conv1 = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
         self.layers = nn.Sequential(
-            _PooledResidual(stem, width, activation),
-            _PooledResidual(width, 4 * width, activation),
-            _PooledResidual(4 * width, 4 * width, activation),
+            _PooledResidual(stem, width), _PooledResidual(width, 4 * width), _PooledResidual(4 * width, 4 * width)
         )
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(4 * width, num_classes)
@@ -434,8 +417,22 @@ class Net:
     sized: bool = False
 
 
-def _digits(build: Callable[..., nn.Module], *width: int, **more: Any) -> Net:
-    return Net(partial(build, *width, **more), digits=True)
+def _with_relu(net: Net) -> Net:
+    """The same net with ReLU wherever it has GELU."""
+
+    def build(num_classes: int, image_shape: ImageShape, head_dropout: float) -> nn.Module:
+        model = net.build(num_classes, image_shape, head_dropout)
+        for module in model.modules():
+            for name, child in module.named_children():
+                if isinstance(child, nn.GELU):
+                    setattr(module, name, nn.ReLU())
+        return model
+
+    return replace(net, build=build)
+
+
+def _digits(build: Callable[..., nn.Module], *width: int) -> Net:
+    return Net(partial(build, *width), digits=True)
 
 
 def _timm(name: str, *, sized: bool) -> Net:
@@ -444,7 +441,7 @@ def _timm(name: str, *, sized: bool) -> Net:
 
 MODELS: dict[str, Net] = {
     "digits_small": _digits(DigitsCNN, 8),
-    "digits_small_relu": _digits(DigitsCNN, 8, activation=nn.ReLU),
+    "digits_small_relu": _with_relu(_digits(DigitsCNN, 8)),
     "digits_medium": _digits(DigitsCNN, 10),
     "digits_large": _digits(DigitsCNN, 14),
     "digits_wide": _digits(DigitsCNN, 16),
@@ -452,7 +449,7 @@ MODELS: dict[str, Net] = {
     "digits_mlp": _digits(DigitsMLP, 32),
     "digits_mlp_wide": _digits(DigitsMLP, 64),
     "cifar_cnn": Net(partial(CifarCNN, 48)),
-    "cifar_cnn_relu": Net(partial(CifarCNN, 48, activation=F.relu)),
+    "cifar_cnn_relu": _with_relu(Net(partial(CifarCNN, 48))),
     "cifar_cnn_wide": Net(partial(CifarCNN, 64)),
     "mobilenet_v2": Net(MobileNetV2),
     "wrn_28_10": Net(partial(WideResNet, 28, 10)),
