@@ -200,7 +200,7 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
     init = next(factor for factor in isd_factors(params) if factor.name == "init")
     for level, face in ((-1, color), (1, "none")):
         rows = [combination_row(number) for number in range(1, 17) if init.signs[number - 1] == level]
-        label = "16 settings, student " + (init.high if level > 0 else init.low)
+        label = f"{len(rows)} settings, student {init.high if level > 0 else init.low}"
         axes.scatter(*points(rows), s=42, facecolors=face, edgecolors=color, label=label, zorder=3)
     for index, number in enumerate(params.finalists):
         rows = [combination_row(number, loop) for loop in range(1, params.loops + 1)]
