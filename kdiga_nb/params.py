@@ -32,7 +32,7 @@ from kdiga_nb.methods import PRESETS
 from kdiga_nb.models import MODELS
 from kdiga_nb.numerics.scopes import resolve_device
 from kdiga_nb.runs import checkpoints
-from kdiga_nb.training import OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS
+from kdiga_nb.training import BATCH_NORM, OPTIMIZERS, POLICIES, PRECISIONS, SELECTIONS
 
 P = TypeVar("P", bound=BaseModel)
 
@@ -185,6 +185,10 @@ class Params(BaseModel):
     )
     precision: Annotated[str, _one_of(PRECISIONS)] = _knob(
         "of convolutions and matrix products; losses and the alignment stay in float32", default="float32"
+    )
+    batch_norm: Annotated[str, _one_of(BATCH_NORM)] = _knob(
+        "with several processes: statistics of the whole batch, or per_process, which saves communication",
+        default="synchronised",
     )
     train_images: Natural = _knob("train on the first so many images; 0: all", default=0)
     teacher_epochs: Count = _knob("of an adversarially trained teacher (TRADES' authors publish epoch 76)")

@@ -10,11 +10,12 @@ each batch and together compute what one process computes on the whole batch (``
 nets use the channels-last layout, the optimiser is fused, and matrix products use TF32.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,8 +29,17 @@ from kdiga_nb.metrics import accuracy
 from kdiga_nb.models import head_parameters
 from kdiga_nb.numerics import distributed
 from kdiga_nb.numerics.memory import attempt, largest_that_fits
-from kdiga_nb.numerics.scopes import Autocast, computing, placed, resolve_device, restored_generators
+from kdiga_nb.numerics.scopes import (
+    Autocast,
+    computing,
+    has_bfloat16,
+    placed,
+    resolve_device,
+    restored_generators,
+)
 from kdiga_nb.teacher import prepared_teacher
+
+log = logging.getLogger("kdiga")
 
 CHECK_EVERY = 50  # steps between two checks for non-finite terms on a GPU; each check waits for the GPU
 PRECISIONS = ("float32", "bfloat16")
@@ -37,6 +47,7 @@ OPTIMIZERS = ("sgd", "adamw")
 POLICIES = ("multistep", "one_cycle", "constant")
 SELECTIONS = ("last", "validation", "best_on_test")
 TRAINABLE = ("all", "head")
+BATCH_NORM = ("synchronised", "per_process")
 
 
 class TrainingError(RuntimeError):
@@ -62,8 +73,12 @@ class Schedule:
         selection: keep the ``last`` epoch, or the one of best accuracy on ``validation`` (PGD-20 of radius
             ``selection_epsilon``; radius 0: clean), or, as the authors did, ``best_on_test``.
         precision: ``float32``, or ``bfloat16``: convolutions and matrix products of student and teacher, and of their
-            gradients, in bf16; logits, losses, the alignment term and the weights stay in fp32.
+            gradients, in bf16; logits, losses, the alignment term and the weights stay in fp32. A device without bf16
+            arithmetic computes in fp32 instead; the record says so (``computed_in``).
         images: train on the first so many fitting examples and validate on at most as many (0: all).
+        batch_norm: with several processes, ``synchronised`` statistics are over the whole batch, as with one process;
+            ``per_process`` ones over each process's part, which saves their sums over the processes. The result then
+            depends on the number of processes. The running statistics are averaged after each epoch.
     """
 
     epochs: int
@@ -84,6 +99,7 @@ class Schedule:
     # Added later: omitted from run keys at the default, so old keys stay valid.
     precision: str = field(default="float32", metadata={"unnamed_at_default": True})
     images: int = field(default=0, metadata={"unnamed_at_default": True})
+    batch_norm: str = field(default="synchronised", metadata={"unnamed_at_default": True})
 
     def __post_init__(self) -> None:
         for name, allowed in {
@@ -92,6 +108,7 @@ class Schedule:
             "policy": POLICIES,
             "selection": SELECTIONS,
             "trainable": TRAINABLE,
+            "batch_norm": BATCH_NORM,
         }.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -317,19 +334,25 @@ def train(
     if schedule.selection == "validation" and not len(data.validation.labels):
         raise ValueError(f"selection: {data.name} holds no validation examples out; choose last")
     where = resolve_device(device)
-    distributed.synchronise(placed(student, where))
+    placed(student, where)
+    if schedule.batch_norm == "synchronised":
+        distributed.synchronise(student)
     shard = Shard(distributed.rank(), distributed.world_size())
     feed = Feed(data, where, images=schedule.images, shard=shard)
     state = begin(student, method, data, schedule, seed=seed, device=where)
     if resume is not None:
         state.restore(*resume)
     saver = _Saver(save, save_seconds)
-    inputs_repeat = not schedule.augment and schedule.precision == "float32"
+    precision = computed_in(schedule, where)
+    if precision != schedule.precision:
+        _say_once(f"this processor has no fast {schedule.precision}; the training computes in float32")
+    inputs_repeat = not schedule.augment and precision == "float32"
     prepared = prepared_teacher(teacher, feed, schedule.batch_size, inputs_repeat=inputs_repeat)
     with computing(where, single_thread=data.single_thread), restored_generators(where), prepared as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
             row = _epoch(state, teacher, feed, schedule, seed, saver)
+            distributed.average_statistics(student)
             state.epoch += 1
             _select(state, data, schedule, row)
             row["seconds"] = time.perf_counter() - started
@@ -400,8 +423,18 @@ def _epoch(
     return {"epoch": state.epoch + 1, "learning_rate": schedule.rate(state.epoch, 0.5)} | means
 
 
+@cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def computed_in(schedule: Schedule, device: torch.device) -> str:
+    """The precision of a training's steps: the schedule's, or float32 where the device has no bf16 arithmetic."""
+    return schedule.precision if has_bfloat16(device) else "float32"
+
+
 def _in_precision(net: nn.Module, feed: Feed, schedule: Schedule) -> nn.Module:
-    return net if schedule.precision == "float32" else Autocast(net, feed.device)
+    return net if computed_in(schedule, feed.device) == "float32" else Autocast(net, feed.device)
 
 
 def _train_mode(student: nn.Module, schedule: Schedule) -> None:

@@ -56,6 +56,7 @@ def schedule_of(
         trainable=trainable,
         precision=params.precision,
         images=params.train_images,
+        batch_norm=params.batch_norm,
     )
 
 

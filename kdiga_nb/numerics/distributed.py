@@ -139,15 +139,32 @@ def synchronise(model: nn.Module) -> None:
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, with one all-reduce per dtype and device."""
+    _average(parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Replace running statistics that differ by process by their mean over the processes.
+
+    Those of ``SynchronisedBatchNorm2d`` are the same everywhere and stay.
+    """
+    _average(
+        statistic
+        for module in model.modules()
+        if isinstance(module, nn.BatchNorm2d) and not isinstance(module, SynchronisedBatchNorm2d)
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    )
+
+
+def _average(tensors: Iterable[Tensor]) -> None:
     if world_size() == 1:
         return
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
-    for gradients in groups.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        flat = torch.cat([tensor.flatten() for tensor in group])
         dist.all_reduce(flat)
         flat /= world_size()
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for tensor, mean in zip(group, flat.split([one.numel() for one in group]), strict=True):
+            tensor.copy_(mean.view_as(tensor))

@@ -41,7 +41,7 @@ from kdiga_nb.numerics.scopes import computing, placed, resolve_device, restored
 from kdiga_nb.runs import checkpoints
 from kdiga_nb.runs.checkpoints import Checkpoint, StoreError, digest_of
 from kdiga_nb.runs.run import Run, Source, describe, folder, measure_name, run_key
-from kdiga_nb.training import Callback, History, TrainingState, train
+from kdiga_nb.training import Callback, History, TrainingState, computed_in, train
 
 log = logging.getLogger("kdiga")
 SAVE_SECONDS = 600.0  # seconds between checkpoints: what a kill may cost
@@ -124,8 +124,8 @@ def measure(
         return cached
     model = load_or_train(run, device=device)
     other = None if reference is None else load_or_train(reference, device=device)
-    tag = hashlib.sha256(name.encode()).hexdigest()[:8]
-    partial = folder(run) / f"partial-{tag}.json"
+    tag = _tag(name)
+    partial = _partial(run, name)
     data = load_data(run.dataset)
     # One lock per measurement, so that two measurements of one run do not wait for each other.
     with _lock(run, tag), computing(resolve_device(device), single_thread=data.single_thread):
@@ -139,6 +139,24 @@ def measure(
             write_json(folder(run) / "measures.json", measures_of(run) | {name: result})
         partial.unlink(missing_ok=True)
     return result
+
+
+def _tag(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+def _partial(run: Source, name: str) -> Path:
+    """The file that a measurement under way keeps its state in."""
+    return folder(run) / f"partial-{_tag(name)}.json"
+
+
+def members_done(run: Source, measure: Measure) -> list[tuple[str, int, int]]:
+    """An AutoAttack under way: its finished members, "clean" first, each with the images left and their number."""
+    try:
+        survivors = json.loads(_partial(run, measure_name(measure, None)).read_text())["survivors"]
+    except FileNotFoundError:
+        return []
+    return [(member, sum(mask), len(mask)) for member, mask in survivors.items()]
 
 
 def measured(run: Source, measure: Measure, *, reference: Source | None = None) -> dict[str, Any] | None:
@@ -353,6 +371,7 @@ def _write_result(
         "resumed": resumed,
         "processes": distributed.world_size(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "computed_in": computed_in(run.schedule, device),
         "environment": environment(device),
     }
     write_json(home / "run.json", record)

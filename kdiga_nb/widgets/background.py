@@ -18,10 +18,11 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+from kdiga_nb.attacks.autoattack import MEMBERS, AutoAttack
 from kdiga_nb.runs.graph import Job, end_with_parent, run_all
 from kdiga_nb.runs.listing import epochs_done
 from kdiga_nb.runs.run import Run, ancestors
-from kdiga_nb.runs.store import is_finished, load_or_train
+from kdiga_nb.runs.store import is_finished, load_or_train, members_done
 
 # A process forked from the kernel would inherit torch's threads and the kernel's sockets; the server has neither.
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
@@ -42,6 +43,7 @@ class TrainingProgress:
         done, total: epochs and measurements.
         seconds, seconds_left: so far; and to the end, None until that is known.
         run, epoch: the first unfinished training and its finished epochs; None when only measurements are left.
+        attack: an AutoAttack under way, in words; empty without one.
     """
 
     done: int
@@ -50,6 +52,7 @@ class TrainingProgress:
     seconds_left: float | None
     run: Run | None
     epoch: int
+    attack: str = ""
 
 
 class Training:
@@ -85,7 +88,19 @@ class Training:
         new = done - self._before
         left = seconds / new * (self._total - done) if new else None
         run = next((run for run in self._runs if not is_finished(run)), None)
-        return TrainingProgress(done, self._total, seconds, left, run, 0 if run is None else epochs_done(run))
+        epoch = 0 if run is None else epochs_done(run)
+        return TrainingProgress(done, self._total, seconds, left, run, epoch, "" if run else self._attack())
+
+    def _attack(self) -> str:
+        for job in self._measures:
+            attack = getattr(job.measure, "attack", None)
+            if job.measure is not None and isinstance(attack, AutoAttack):
+                finished = members_done(job.run, job.measure)
+                if finished and len(finished) <= len(MEMBERS[attack.version]):
+                    _, left, images = finished[-1]
+                    member = MEMBERS[attack.version][len(finished) - 1]
+                    return f"AutoAttack, {member} attacks the {left} of {images} images that are left"
+        return ""
 
     @property
     def is_running(self) -> bool:

@@ -555,7 +555,7 @@ class Explorer:
     def _report(self, progress: TrainingProgress) -> None:
         self.bar.max, self.bar.value = max(progress.total, 1), progress.done
         left = "" if progress.seconds_left is None else f", about {progress.seconds_left:.0f} s left"
-        step = f"measuring, {progress.done} of {progress.total} steps"
+        step = progress.attack or f"measuring, {progress.done} of {progress.total} steps"
         if progress.run is not None:
             first = "" if progress.run == self._trained.row().runs[0] else f"first {title(Job(progress.run))}: "
             step = f"{first}epoch {progress.epoch} of {progress.run.schedule.epochs}"

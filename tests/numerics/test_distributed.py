@@ -65,13 +65,15 @@ def nets() -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
-def trained_with_batch_norm(norm: str, pair: tuple[nn.Module, nn.Module], images: Split) -> dict[str, Any]:
+def trained_with_batch_norm(
+    norm: str, pair: tuple[nn.Module, nn.Module], images: Split, statistics: str = "synchronised"
+) -> dict[str, Any]:
     """Two epochs on 18 images in batches of 7, 7 and 4, which two processes cannot halve; four held out."""
     split = Split(*(part.repeat(3, *[1] * (part.ndim - 1))[:22] for part in images))
     split = Split(split.images * torch.linspace(0.5, 1, 22, dtype=torch.float64)[:, None, None, None], split.labels)
     data = Data("few", split, split, 5, validation_size=4, augmentation=Augmentation(padding=1, flip=True))
     student, teacher = pair
-    schedule = Schedule(2, 7, learning_rate=0.1, clip_norm=1.0)
+    schedule = Schedule(2, 7, learning_rate=0.1, clip_norm=1.0, batch_norm=statistics)
     curve = train(student, KDIGA(lambda_iga=2.0, norm=norm), data, schedule, teacher=teacher, device="cpu")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in curve.rows]
     return {"weights": student.state_dict(), "rows": rows}
@@ -139,6 +141,7 @@ def one_process(rank: int, folder: Path, student: nn.Module, teacher: nn.Module,
         "sum": twice_differentiated_sum(torch.tensor([1.0 + rank, 2.0], dtype=torch.float64, requires_grad=True)),
         "decided": distributed.broadcast_from_rank0(lambda: f"by {rank}"),
         "trained": {norm: trained_with_batch_norm(norm, nets(), images) for norm in NORMS},
+        "per process": trained_with_batch_norm("batch", nets(), images, "per_process"),
         "mobilenet": mobilenet_step(),
         "batch norm": all_reduces_of_batch_norm(),
     }
@@ -228,6 +231,14 @@ def test_two_processes_train_like_one_on_the_whole_batch(
         for name, expected in alone["weights"].items():
             torch.testing.assert_close(together["weights"][name], expected, rtol=1e-9, atol=1e-11)
         assert together["rows"] == [pytest.approx(row, rel=1e-9) for row in alone["rows"]]
+
+
+def test_statistics_per_process_are_averaged_and_are_another_training(two_processes: list[dict[str, Any]]) -> None:
+    first, second = (found["per process"]["weights"] for found in two_processes)
+    assert {name for name in first if not torch.equal(first[name], second[name])} == set()
+    together = two_processes[0]["trained"]["batch"]["weights"]
+    assert (first["1.running_var"] - together["1.running_var"]).abs().max() > 1e-4
+    assert (first["0.weight"] - together["0.weight"]).abs().max() > 1e-4
 
 
 def test_mobilenet_steps_on_two_processes_as_on_one(two_processes: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ from kdiga_nb.data import Data, load_data
 from kdiga_nb.measures import Measure, TestAccuracy
 from kdiga_nb.methods import KD, KDIGA, METHODS, ST, Method
 from kdiga_nb.models import build_model
+from kdiga_nb.numerics.scopes import has_bfloat16
 from kdiga_nb.runs import Checkpoint, StoreError
 from kdiga_nb.runs.graph import Job, run_all
 from kdiga_nb.runs.listing import epochs_done, list_store, stored
@@ -72,10 +73,20 @@ def only_line(error: pytest.ExceptionInfo[BaseException]) -> str:
     return text
 
 
+def test_the_record_says_in_which_precision_a_bf16_training_computed() -> None:
+    run = replace(QUICK_RUN, schedule=replace(QUICK, precision="bfloat16"))
+    half, full = load_or_train(run, device="cpu").state_dict(), load_or_train(QUICK_RUN, device="cpu").state_dict()
+    same = all(torch.equal(half[name], full[name]) for name in full)
+    record = json.loads((folder(run) / "run.json").read_text())
+    assert record["computed_in"] == ("float32" if same else "bfloat16")
+    assert same != has_bfloat16(torch.device("cpu"))
+
+
 # ---- keys ----
 
 OTHERS: dict[str, Any] = {
     "precision": "bfloat16",
+    "batch_norm": "per_process",
     "dataset": "digits_rotated",
     "model": "digits_medium",
     "method": KD(),

@@ -23,6 +23,7 @@ from PIL import Image
 from kdiga_nb import metrics, paths, runs
 from kdiga_nb.artifacts.explore import Point, explore, explored
 from kdiga_nb.artifacts.paper import table1, table4
+from kdiga_nb.attacks.autoattack import MEMBERS
 from kdiga_nb.data import load_data
 from kdiga_nb.losses import cross_entropy, input_gradient
 from kdiga_nb.measures import ImageBounds
@@ -606,6 +607,18 @@ def test_the_curve_grows_while_the_net_trains(small: ExploreParams, store: Path)
     assert re.search(r"Training KDIGA, λ = 2, seed 0: epoch \d+ of 40, \d+ s so far", status_of(explorer))
     explorer.cancel()
     wait_until(lambda: explorer.training is None)
+
+
+def test_an_autoattack_under_way_says_which_images_are_left(small: ExploreParams, store: Path):
+    explorer = Explorer(small.model_copy(update={"autoattack_images": 10}))
+    explorer.autoattack.value = True
+    explorer.train()
+    said: list[str] = []
+    wait_until(lambda: said.append(status_of(explorer)) or "Trained and measured" in said[-1])
+    found = [match for text in said if (match := re.search(r"(\S+) attacks the (\d+) of 10 images", text))]
+    members = list(dict.fromkeys(match[1] for match in found))
+    assert members and members == [name for name in MEMBERS["standard"][1:] if name in members]
+    assert all(0 < int(match[2]) <= 10 for match in found)
 
 
 def test_a_net_published_without_weights_keeps_its_results(small: ExploreParams, store: Path):
