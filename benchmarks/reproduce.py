@@ -1,9 +1,11 @@
 """Seconds and memory of ``kdiga reproduce`` with an empty run store, and again with a complete one.
 
     python benchmarks/reproduce.py [--scale digits] [--jobs 2]
+    python benchmarks/reproduce.py --store FOLDER    only the seconds by kind, of the runs in that folder
 
 Each reproduction runs in its own process, with the run store and the figures in a temporary folder. Memory is the sum
-of the proportional set sizes (PSS, Linux) of all processes, sampled once per second.
+of the proportional set sizes (PSS, Linux) of all processes, sampled once per second. ``by_kind`` adds up what the
+store's records say of each training and measurement, in seconds of one process.
 """
 
 import argparse
@@ -56,16 +58,39 @@ def once(scale: str, jobs: int, home: Path) -> dict[str, Any]:
     return {"seconds": round(seconds, 1), "peak_mib": round(peak), "status": process.returncode, "says": lines[-4:]}
 
 
+def by_kind(store: Path) -> dict[str, dict[str, float]]:
+    """Number and seconds of the trainings and of the measurements by attack, from the records of a run store."""
+    found: dict[str, list[float]] = {}
+    for home in sorted(store.iterdir()):
+        if not (home / "run.json").exists():
+            continue
+        found.setdefault("training", []).append(json.loads((home / "run.json").read_text())["seconds"])
+        measures = home / "measures.json"
+        for name, result in (json.loads(measures.read_text()) if measures.exists() else {}).items():
+            # The name is the measure as JSON, perhaps followed by the net that the run was compared with.
+            measure = json.JSONDecoder().raw_decode(name)[0]
+            attack = measure.get("attack") or {}
+            kind = " ".join(filter(None, (attack.get("type", measure["type"]), attack.get("version"))))
+            found.setdefault(kind, []).append(result["seconds"])
+    ordered = sorted(found.items(), key=lambda item: -sum(item[1]))
+    return {kind: {"number": len(seconds), "seconds": round(sum(seconds), 1)} for kind, seconds in ordered}
+
+
 def main() -> None:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="digits")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--store", type=Path, help="add up the seconds in this run store, and reproduce nothing")
     arguments = parser.parse_args()
+    if arguments.store:
+        print(json.dumps({"by_kind": by_kind(arguments.store), "machine": machine()}, indent=1))
+        return
     with tempfile.TemporaryDirectory() as home:
         result = {"machine": machine(), "scale": arguments.scale, "jobs": arguments.jobs}
         for kind in ("cold", "cached"):
             result[kind] = once(arguments.scale, arguments.jobs, Path(home))
+        result["by_kind"] = by_kind(Path(home) / "runs")
     print(json.dumps(result, indent=1))
 
 

@@ -391,6 +391,13 @@ def test_the_speed_page_quotes_the_saved_benchmarks() -> None:
     seen, differ = (sum(entry[key] for entry in nets) for key in ("verdicts", "verdicts that differ"))
     assert len(nets) == 10
     assert_sentences([f"{differ} of {seen:,} verdicts differ"], ROOT / "docs" / "speed.md")
+    kinds = list(saved("reproduce_by_kind")["by_kind"].values())
+    parts = [*kinds[:7], {name: sum(kind[name] for kind in kinds[7:]) for name in ("number", "seconds")}]
+    written = rows_below("docs/speed.md", "| what | number | seconds |")
+    found = [
+        [what, f"{part['number']}", f"{part['seconds']:.0f}"] for (what, *_), part in zip(written, parts, strict=True)
+    ]
+    assert_table("docs/speed.md", "| what | number | seconds |", found)
     names = {"mobilenet_v2": "MobileNetV2", "preact_resnet18": "PreActResNet-18"}
     scaling = [
         [
@@ -409,6 +416,40 @@ def test_the_scales_page_quotes_the_saved_benchmarks() -> None:
     smoke, digits = (saved(name)["cold"]["seconds"] for name in ("reproduce_smoke", "reproduce"))
     sentences = [f"| {smoke:.0f} s on 2 CPU cores", f"({digits:.0f} s from an empty store"]
     assert_sentences(sentences, ROOT / "docs" / "scales.md")
+
+
+def test_autoattack_by_member_is_quoted_as_saved() -> None:
+    nets = {"digits, KDIGA": saved("attacks")["members"]}
+    nets |= {f"CIFAR-10, {row.upper()}": saved("autoattack_cifar10")[row] for row in ("st", "kdiga")}
+    expected = []
+    for net, members in nets.items():
+        for member, entry in members.items():
+            assert entry["verdicts that differ"] == 0
+            seconds = [f"{entry['seconds'][side]['median']:.1f}" for side in ("kit", "library")]
+            expected.append([net, member, f"{entry['images']}", *seconds, f"{entry['kit / library']:.2f}"])
+    assert_table("docs/speed.md", "| net | member | images", expected)
+
+
+def test_what_the_last_members_of_autoattack_find_is_quoted_as_published() -> None:
+    nets, counts = [], [0, 0, 0, 0]
+    for scale in ("digits", "cifar10_cpu"):
+        found = 0
+        for path in (ROOT / "published" / scale / "runs").glob("*/measures.json"):
+            for result in json.loads(path.read_text()).values():
+                members = result.get("members", {})
+                if {"fab-t", "square"} <= set(members):
+                    found += 1
+                    images = len(result["survivors"])
+                    left = [round(members[name] * images / 100) for name in ("apgd-t", "fab-t", "square")]
+                    own = [images, left[0], left[0] - left[1], left[1] - left[2]]
+                    counts = [one + other for one, other in zip(counts, own, strict=True)]
+        nets.append(found)
+    images, left, fab, square = counts
+    sentences = [
+        f"of {nets[0]} digits nets and {nets[1]} CIFAR-10 nets, {left:,} of {images:,} images are still right after "
+        f"APGD-T; FAB-T then changes {fab} verdict, Square {square}"
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "speed.md")
 
 
 def test_the_sentences_on_speed_quote_the_saved_benchmarks() -> None:

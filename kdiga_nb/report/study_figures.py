@@ -20,6 +20,8 @@ from kdiga_nb.report.figures import label_points, one_panel, plain_axes
 from kdiga_nb.report.names import metric_name
 from kdiga_nb.report.numbers import results, short, values
 
+CHANCE = 10.0  # per cent, of the ten classes of digits and CIFAR-10
+
 
 def plot_audit(audits: Mapping[str, Found], title: str) -> Figure:
     """Accuracy against radius and against step size, and loss against steps; one line per net."""
@@ -189,7 +191,7 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
 
     def points(rows: Sequence[str]) -> tuple[list[float], list[float]]:
         found = [(numbers[row, "clean"], numbers[row, robust]) for row in rows]
-        found = [point for point in found if not np.isnan(point).any()]
+        found = [point for point in found if point[0] > 2 * CHANCE and not np.isnan(point).any()]
         return [x for x, _ in found], [y for _, y in found]
 
     def draw(rows: Sequence[str], style: str, **more: Any) -> None:
@@ -229,6 +231,9 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
             markersize=4,
             label="the paper's loops 1 to 6",
         )
+    if collapsed := sum(accuracy <= 2 * CHANCE for (_, metric), accuracy in numbers.items() if metric == "clean"):
+        said = f"not shown: {collapsed} net{'s' * (collapsed > 1)} at chance ({CHANCE:g} %)"
+        axes.text(0.01, 0.015, said, transform=axes.transAxes, fontsize=9, color="0.4")
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
