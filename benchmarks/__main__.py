@@ -34,7 +34,7 @@ BENCHMARKS = {
     "finite_differences": ["finite_differences.py"],
     "attacks": ["attacks.py"],
     "autoattack_verdicts": ["attacks.py", "--seeds", "3", "--images", "100", *(f"--row={row}" for row in ATTACKED)],
-    "autoattack_cifar10": ["attacks.py", "--scale=cifar10_cpu", "--row=st", "--row=kdiga", "--images=16", "--rounds=1"],
+    "autoattack_cifar10": ["attacks.py", "--scale=cifar10_cpu", "--row=st", "--row=kdiga", "--images=8", "--rounds=1"],
     "autoattack_all_images": ["all_images.py"],
     "explorer": ["explorer.py"],
     "reproduce_smoke": ["reproduce.py", "--scale", "smoke"],

@@ -290,9 +290,7 @@ def _draw_plane(axes: Axes, data: TradeOff, pgd: str) -> None:
     both = [(net.accuracies["clean"].percent, net.accuracies[pgd].percent) for net in known]
     if both:
         axes.plot(*zip(*both, strict=True), "-o", color=PALETTE[1], markersize=4.5, linewidth=1)
-        for (x, y), net in zip(both, known, strict=True):
-            label = f"{net.point.lambda_iga:g}"
-            axes.annotate(label, (x, y), (7, 5), textcoords="offset points", color=GREY, fontsize=8)
+        _label_weights(axes, both, known, data.chosen)
     if data.chosen in known:
         x, y = both[known.index(data.chosen)]
         axes.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=PALETTE[4], markeredgewidth=2.2)
@@ -304,6 +302,18 @@ def _draw_plane(axes: Axes, data: TradeOff, pgd: str) -> None:
     axes.set(xlabel="clean accuracy (%)", ylabel=f"accuracy under {metric_name(pgd)} (%)")
     axes.set_title("Trade-off (labels: λ_IGA)")
     set_ticks(axes, grid=True)
+
+
+def _label_weights(axes: Axes, points: Sequence[tuple[float, float]], nets: Sequence[NetView], chosen: NetView) -> None:
+    """The weight beside each point, the chosen one's first; a label that would cover another one is left out."""
+    spread = np.maximum(np.ptp(points, axis=0), 1.0)
+    placed: list[Array] = []
+    for index in sorted(range(len(nets)), key=lambda index: nets[index] is not chosen):
+        at = np.array(points[index]) / spread
+        if all((np.abs(at - other) > (0.12, 0.05)).any() for other in placed):
+            placed.append(at)
+            label = f"{nets[index].point.lambda_iga:g}"
+            axes.annotate(label, points[index], (9, 4), textcoords="offset points", color=GREY, fontsize=8)
 
 
 TERMS = {
@@ -325,7 +335,7 @@ def _draw_curves(axes: Axes, data: TradeOff) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter("{x:g}")  # plain numbers: the default draws powers of ten as formulas, which is slow
-    axes.set(xlabel="epoch", ylabel="weighted term, mean over the epoch (nats)")
+    axes.set(xlabel="epoch", ylabel="weighted term (nats)")
     axes.set_xlim(0.5, data.chosen.run.schedule.epochs + 0.5)  # the curve grows while the net trains
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.legend()

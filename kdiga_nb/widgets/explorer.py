@@ -47,7 +47,7 @@ log = logging.getLogger("kdiga")
 
 LOOPS_BEYOND = 2  # loops on the slider beyond those that the parameters train
 POLL_SECONDS = 0.3
-WIDE, NARROW = "370px", "200px"
+WIDE, NARROW = "370px", "182px"
 
 STYLE = """<style>
 .kdiga-text, .kdiga-status { line-height: 1.4; max-width: 1500px }
@@ -250,9 +250,9 @@ class Explorer:
         every_scale = sorted({*scales(), self.params.scale})
         return {
             "view": ipw.ToggleButtons(options=views, style={"button_width": "auto"}),
-            "scale": ipw.Dropdown(options=every_scale, description="scale", **_place(NARROW)),
-            "student": ipw.Dropdown(options=self._students(), description="student", **_place(NARROW)),
-            "seed": ipw.Dropdown(options=seeds, description="seed", **_place(NARROW)),
+            "scale": ipw.Dropdown(options=every_scale, description="scale", **_place(NARROW, "50px")),
+            "student": ipw.Dropdown(options=self._students(), description="student", **_place(NARROW, "50px")),
+            "seed": ipw.Dropdown(options=seeds, description="seed", **_place(NARROW, "50px")),
             "lambda_iga": ipw.SelectionSlider(options=self._weights(), description="λ_IGA", **_slider()),
             "epsilon": ipw.SelectionSlider(options=self._radii(), description="ε", **_place(WIDE)),
             "step": ipw.IntSlider(min=0, max=self.params.pgd_steps, description="step", **_place(WIDE)),
