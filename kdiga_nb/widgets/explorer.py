@@ -30,7 +30,8 @@ from kdiga_nb.runs.run import Run
 from kdiga_nb.runs.store import is_finished
 from kdiga_nb.widgets.background import Training, TrainingProgress, warm_up
 from kdiga_nb.widgets.drawing import DPI, SIZE, draw, image_bytes
-from kdiga_nb.widgets.finding import FINDS, find
+from kdiga_nb.widgets.finding import FINDS, SHOWN, find
+from kdiga_nb.widgets.thumbnails import Thumbnails
 from kdiga_nb.widgets.views import (
     State,
     ViewData,
@@ -63,6 +64,7 @@ STYLE = """<style>
 [data-jp-theme-light="false"] .kdiga-explorer img, .theme-dark .kdiga-explorer img { filter: brightness(.86) }
 .kdiga-explorer details { line-height: 1.5; max-width: 900px }
 .kdiga-explorer summary { cursor: pointer }
+.kdiga-explorer .kdiga-chosen { outline: 3px solid #0072b2 }
 </style>"""
 
 HELP = {
@@ -236,7 +238,10 @@ class Explorer:
             [self.train_button, self.autoattack, self.cancel_button, self.bar, self.pin_button, *self.exports.values()],
             layout=_wrapped(),
         )
-        self.finders = ipw.HBox([ipw.Label("find an image:"), *self.finds.values()], layout=_wrapped())
+        self.thumbnails = Thumbnails(self._choose_image)
+        self.thumbnails.show(load_data(self.params.dataset), range(SHOWN))
+        search = [ipw.Label("find an image:"), *self.finds.values(), self.thumbnails.widget]
+        self.finders = ipw.HBox(search, layout=_wrapped())
         parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.pin_text, self.picture]
         parts += [self.controls["compare"], actions, self.status, self.help]
         self.widget = ipw.VBox(parts)
@@ -340,6 +345,7 @@ class Explorer:
             self.controls["step"].max = self.play.max = self.params.pgd_steps
             self.loop_play.max = self._last_loop()
             self.pinned = None
+            self.thumbnails.show(load_data(self.params.dataset), range(SHOWN))
         finally:
             self._busy = False
         self._take(self._state)
@@ -395,6 +401,7 @@ class Explorer:
         self.loop_play.layout.display = "flex" if state.view == "loops" else "none"
         self.untrained.layout.display = "flex" if "lambda_iga" in CONTROLS[state.view] else "none"
         self.finders.layout.display = "flex" if "image" in CONTROLS[state.view] else "none"
+        self.thumbnails.mark(state.image)
         chain = state.method in CHAINS or state.view == "loops"
         self.controls["lambda_iga"].disabled = state.view not in ("glance", "lambda") and state.method != "kdiga"
         self.controls["loop"].disabled = not chain
@@ -430,16 +437,21 @@ class Explorer:
         self.status.value = f'<div role="status" class="kdiga-status kdiga-{kind}">{html.escape(text)} {link}</div>'
 
     def find(self, kind: str) -> None:
-        """Show the next test image of a kind of ``FINDS``, and say how many there are."""
+        """Show the next test image of a kind of ``FINDS``, offer more of them, and say how many there are."""
         with self._lock:
             try:
-                image, text = find(self._state, kind, draw=next(self._draws))
+                images, text = find(self._state, kind, draw=next(self._draws))
             except StoreError as error:
                 self._say(str(error), "error")
                 return
-            if image is not None:
-                self.controls["image"].value = image
+            if images:
+                self.thumbnails.show(load_data(self.params.dataset), images)
+                self.thumbnails.mark(images[0])
+                self.controls["image"].value = images[0]
             self._say(text)
+
+    def _choose_image(self, image: int) -> None:
+        self.controls["image"].value = image
 
     # ---- training ----
 

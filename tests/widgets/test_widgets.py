@@ -37,7 +37,7 @@ from kdiga_nb.widgets import Explorer, State, compute, draw, image_bytes, missio
 from kdiga_nb.widgets.background import Training
 from kdiga_nb.widgets.drawing import DPI, SIZE
 from kdiga_nb.widgets.fast_axes import set_ticks
-from kdiga_nb.widgets.finding import find
+from kdiga_nb.widgets.finding import SHOWN, find
 from kdiga_nb.widgets.views import SURFACE, Film, Glance, Loops, OneImage, TradeOff, UnderAttack, attack_at, curve
 
 each_view = pytest.mark.parametrize("view", VIEWS)
@@ -688,18 +688,20 @@ def test_found_images_are_what_the_store_says_of_them(small: ExploreParams, stor
         expected = [i for i, pair in enumerate(zip(*masks, strict=True)) if "".join(pair) == wanted]
         found, seen = state, []
         for _ in expected:
-            image, text = find(found, kind)
-            assert image is not None and text.startswith(f"{len(expected)} of {len(masks[0])} test images")
-            seen.append(image)
-            found = replace(found, image=image)
+            images, text = find(found, kind)
+            assert text.startswith(f"{len(expected)} of {len(masks[0])} test images")
+            after = [i for i in expected if i > found.image] + [i for i in expected if i <= found.image]
+            assert images == after[:SHOWN]
+            seen.append(images[0])
+            found = replace(found, image=images[0])
         assert sorted(seen) == expected
         if not expected:
-            assert find(state, kind)[0] is None
+            assert find(state, kind)[0] == []
 
 
-def test_the_smallest_margin_is_the_smallest(small: ExploreParams, store: Path):
+def test_the_smallest_margins_are_the_smallest(small: ExploreParams, store: Path):
     state = State.start(small)
-    image, text = find(state, "margin")
+    images, text = find(state, "margin")
     model = load_or_train(state.row(Point("kdiga", small.lambda_iga)).runs[0], device="cpu")
     test = load_data(small.dataset).test
     with torch.no_grad():
@@ -708,7 +710,7 @@ def test_the_smallest_margin_is_the_smallest(small: ExploreParams, store: Path):
     rivals[torch.arange(len(rivals)), test.labels] = -torch.inf
     lead = logits[torch.arange(len(logits)), test.labels] - rivals.max(1).values
     positive = lead.where(lead > 0, torch.inf)
-    assert image is not None and positive[image].item() == pytest.approx(positive.min().item(), abs=1e-4)
+    assert positive[images].tolist() == pytest.approx(positive.sort().values[:SHOWN].tolist(), abs=1e-4)
     assert f"leads by {positive.min().item():.2f} nats" in text
 
 
@@ -719,15 +721,24 @@ def test_buttons_find_images_and_are_there_where_an_image_is_shown(small: Explor
     explorer.finds["random"].click()
     assert explorer.state.image != first
     explorer.finds["margin"].click()
-    assert explorer.state.image == find(State.start(small), "margin")[0] and "leads by" in explorer.status.value
+    least, _ = find(State.start(small), "margin")
+    assert explorer.state.image == least[0] and "leads by" in explorer.status.value
+    strip = explorer.thumbnails
+    assert strip.images == least and "kdiga-chosen" in strip.buttons[0]._dom_classes
+    strip.buttons[3].click()
+    assert explorer.state.image == least[3]
+    marked = [place for place, button in enumerate(strip.buttons) if "kdiga-chosen" in button._dom_classes]
+    assert marked == [3]
+    label = int(load_data(small.dataset).test.labels[least[3]])
+    assert strip.buttons[3].tooltip == f"image {least[3]}: {label}"
     explorer.controls["view"].value = "lambda"
     assert explorer.finders.layout.display == "none"
 
 
 def test_without_measurements_the_finder_says_so(small: ExploreParams):
-    image, text = find(State.start(small), "both")
-    assert image is None and "no PGD measurement" in text
-    assert find(State.start(small), "margin") == (None, "The store has no KDIGA net with this weight and seed.")
+    images, text = find(State.start(small), "both")
+    assert images == [] and "no PGD measurement" in text
+    assert find(State.start(small), "margin") == ([], "The store has no KDIGA net with this weight and seed.")
 
 
 # ---- guess first ----
