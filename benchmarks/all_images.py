@@ -40,8 +40,8 @@ def main() -> None:
     if causes := run_all(jobs, device=params.device).causes:
         sys.exit(f"error: {'; '.join(causes)}")
     table = report.frame(experiment)
-    found = table[(table["metric"] == "autoattack") & table["row"].isin(ROWS)].set_index("row")
-    rows = {name: found.loc[name, ["value", "low", "high"]].tolist() for name in ROWS}
+    found = {name: part.iloc[0] for name, part in table[table["metric"] == "autoattack"].groupby("row")}
+    rows = {name: [float(found[name][key]) for key in ("value", "low", "high")] for name in ROWS}
     differences: dict[str, Any] = {f"{a} - {b}": vars(report.compare(experiment, a, b, "autoattack")) for a, b in PAIRS}
     result = {"images": images, "rows": rows, "differences": differences, "machine": machine()}
     print(json.dumps(result, indent=1))
