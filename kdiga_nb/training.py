@@ -343,16 +343,12 @@ def train(
     if resume is not None:
         state.restore(*resume)
     saver = _Saver(save, save_seconds)
-    precision = computed_in(schedule, where)
-    if precision != schedule.precision:
-        _say_once(f"this processor has no fast {schedule.precision}; the training computes in float32")
-    inputs_repeat = not schedule.augment and precision == "float32"
+    inputs_repeat = not schedule.augment and computed_in(schedule, where) == "float32"
     prepared = prepared_teacher(teacher, feed, schedule.batch_size, inputs_repeat=inputs_repeat)
     with computing(where, single_thread=data.single_thread), restored_generators(where), prepared as teacher:
         while state.epoch < schedule.epochs:
             started = time.perf_counter()
             row = _epoch(state, teacher, feed, schedule, seed, saver)
-            distributed.average_statistics(student)
             state.epoch += 1
             _select(state, data, schedule, row)
             row["seconds"] = time.perf_counter() - started
@@ -418,6 +414,7 @@ def _epoch(
             state.sums = {name: value.item() for name, value in sums.items()}
             saver(state)
     check_finite(sums)
+    distributed.average_statistics(state.student)
     state.step, state.sums, state.random = 0, {}, {}
     means = {name: distributed.summed(value).item() / processes for name, value in sums.items()}
     return {"epoch": state.epoch + 1, "learning_rate": schedule.rate(state.epoch, 0.5)} | means
@@ -434,7 +431,10 @@ def computed_in(schedule: Schedule, device: torch.device) -> str:
 
 
 def _in_precision(net: nn.Module, feed: Feed, schedule: Schedule) -> nn.Module:
-    return net if computed_in(schedule, feed.device) == "float32" else Autocast(net, feed.device)
+    precision = computed_in(schedule, feed.device)
+    if precision != schedule.precision:
+        _say_once(f"this processor has no fast {schedule.precision}; the training computes in {precision}")
+    return net if precision == "float32" else Autocast(net, feed.device)
 
 
 def _train_mode(student: nn.Module, schedule: Schedule) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_row
@@ -177,6 +178,13 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     return figure
 
 
+def _note_collapsed(axes: Axes, accuracies: Sequence[float]) -> None:
+    """Say in the corner how many nets are at chance, and so not drawn."""
+    if collapsed := sum(accuracy <= 2 * CHANCE for accuracy in accuracies):
+        said = f"not shown: {collapsed} net{'s' * (collapsed > 1)} at chance ({CHANCE:g} %)"
+        axes.text(0.01, 0.015, said, transform=axes.transAxes, fontsize=9, color="0.4")
+
+
 def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figure:
     """Robust against clean accuracy of every net of the search for ISD: what no setting reaches stays empty.
 
@@ -223,17 +231,9 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
     draw(["st"], "*", color=method_color("st"), markersize=12, label="loop 0 (ST)", linestyle="none")
     if params.dataset == "cifar10":
         paper = [TABLE1[isd_row("isd_wot", loop)] for loop in range(1, 7)]
-        axes.plot(
-            [row["clean"] for row in paper],
-            [row["pgd20"] for row in paper],
-            "o-",
-            color="0.55",
-            markersize=4,
-            label="the paper's loops 1 to 6",
-        )
-    if collapsed := sum(accuracy <= 2 * CHANCE for (_, metric), accuracy in numbers.items() if metric == "clean"):
-        said = f"not shown: {collapsed} net{'s' * (collapsed > 1)} at chance ({CHANCE:g} %)"
-        axes.text(0.01, 0.015, said, transform=axes.transAxes, fontsize=9, color="0.4")
+        points_of_paper = zip(*((row["clean"], row["pgd20"]) for row in paper), strict=True)
+        axes.plot(*points_of_paper, "o-", color="0.55", markersize=4, label="the paper's loops 1 to 6")
+    _note_collapsed(axes, [accuracy for (_, metric), accuracy in numbers.items() if metric == "clean"])
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
