@@ -418,6 +418,35 @@ def test_the_scales_page_quotes_the_saved_benchmarks() -> None:
     assert_sentences(sentences, ROOT / "docs" / "scales.md")
 
 
+def test_autoattack_on_all_digits_is_quoted_as_saved() -> None:
+    found = saved("autoattack_all_images")
+    assert found["images"] == 500
+    values = [f"{value:.1f} [{low:.1f}, {high:.1f}]" for value, low, high in found["rows"].values()]
+    written = rows_below("docs/results.md", "| net | AutoAttack |")
+    assert_table(
+        "docs/results.md", "| net | AutoAttack |", [[net, v] for (net, _), v in zip(written, values, strict=True)]
+    )
+
+    def points(pair: str, sign: int = 1) -> str:
+        one = found["differences"][pair]
+        low, high = sorted((sign * one["low"], sign * one["high"]))
+        return f"{sign * one['points']:.1f} [{low:.1f}, {high:.1f}]".replace("-", "−")
+
+    sentences = [
+        f"KDIGA is {points('kdiga - kd')} points above KD, {points('kdiga - kdiga_zero')} above the zero target and "
+        f"{points('kdiga - penalty')} above the penalty",
+        f"It is {points('kdiga - rslad', -1)} points below RSLAD, {points('kdiga - iad', -1)} below IAD, "
+        f"{points('kdiga - adaad', -1)} below AdaAD, {points('kdiga - igdm', -1)} below IGDM and "
+        f"{points('kdiga - trades_student', -1)} below TRADES",
+        f"ISD-WoT-1 is {points('isd_wot_1 - st')} points above ST and {points('isd_wot_1 - penalty', -1)} below the "
+        f"penalty (p = {found['differences']['isd_wot_1 - penalty']['p']:.2f})",
+        f"ISD-WoT-6 is {points('isd_wot_6 - penalty', -1)} below the penalty (p < 0.001)",
+    ]
+    certain = [one["p"] for pair, one in found["differences"].items() if pair.startswith("kdiga") or "6" in pair]
+    assert max(certain) < 0.001
+    assert_sentences(sentences, ROOT / "docs" / "results.md")
+
+
 def test_autoattack_by_member_is_quoted_as_saved() -> None:
     nets = {"digits, KDIGA": saved("attacks")["members"]}
     nets |= {f"CIFAR-10, {row.upper()}": saved("autoattack_cifar10")[row] for row in ("st", "kdiga")}
