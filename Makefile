@@ -2,6 +2,7 @@
 
 SCALE ?= digits
 JOBS ?=
+ONLY ?=
 PYTHON ?= python3
 # Versions that the kit was tested with; make PINS= … takes the newest that pyproject.toml allows.
 PINS ?= constraints.txt
@@ -18,8 +19,9 @@ help: ## List the targets
 
 .PHONY: help reproduce explore page site test bench notebooks publish constraints lab clean
 
-reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes
-	jobs="$(JOBS)"; $(BIN)/kdiga reproduce --scale $(SCALE) $${jobs:+--jobs "$$jobs"}
+reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes ONLY="names"
+	jobs="$(JOBS)"; only="$(ONLY)"; \
+		$(BIN)/kdiga reproduce --scale $(SCALE) $${jobs:+--jobs "$$jobs"} $${only:+--only $$only}
 
 explore: $(VENV)/.installed ## Open the explorer in JupyterLab, on the published nets until you have your own
 	$(BIN)/kdiga explore
