@@ -450,13 +450,21 @@ def test_autoattack_on_all_digits_is_quoted_as_saved() -> None:
 def test_autoattack_by_member_is_quoted_as_saved() -> None:
     nets = {"digits, KDIGA": saved("attacks")["members"]}
     nets |= {f"CIFAR-10, {row.upper()}": saved("autoattack_cifar10")[row] for row in ("st", "kdiga")}
-    expected = []
+    expected, faster = [], []
     for net, members in nets.items():
+        kit, library = (
+            sum(entry["seconds"][side]["median"] for entry in members.values()) for side in ("kit", "library")
+        )
+        faster.append(f"{library / kit:.1f} times")
         for member, entry in members.items():
             assert entry["verdicts that differ"] == 0
             seconds = [f"{entry['seconds'][side]['median']:.1f}" for side in ("kit", "library")]
             expected.append([net, member, f"{entry['images']}", *seconds, f"{entry['kit / library']:.2f}"])
     assert_table("docs/speed.md", "| net | member | images", expected)
+    sentence = (
+        f"{faster[0]} as fast on the digits, {faster[1]} on a CIFAR-10 net without any robustness and {faster[2]}"
+    )
+    assert_sentences([sentence], ROOT / "docs" / "speed.md")
 
 
 def test_what_the_last_members_of_autoattack_find_is_quoted_as_published() -> None:
