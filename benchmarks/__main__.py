@@ -37,6 +37,7 @@ BENCHMARKS = {
     "autoattack_cifar10": ["attacks.py", "--scale=cifar10_cpu", "--row=st", "--row=kdiga", "--images=8", "--rounds=1"],
     "autoattack_all_images": ["all_images.py"],
     "explorer": ["explorer.py"],
+    "start": ["start.py"],
     "reproduce_smoke": ["reproduce.py", "--scale", "smoke"],
     "reproduce": ["reproduce.py"],
 }

@@ -379,6 +379,9 @@ def test_the_speed_page_quotes_the_saved_benchmarks() -> None:
         f"{speed['kit'] / speed['foolbox']:.2f}, {speed['kit'] / speed['art']:.2f}",
         f"{aa['kit / pyautoattack']:.2f}",
         f"{move['p50']:.0f}, {move['p95']:.0f}, {move['max']:.0f} ms",
+        ", ".join(
+            f"{saved('start')[name]['median']:.1f}" for name in ("kdiga --help", "first picture of the explorer")
+        ),
         smoke,
         digits,
     ]

@@ -239,7 +239,7 @@ class Explorer:
             layout=_wrapped(),
         )
         self.thumbnails = Thumbnails(self._choose_image)
-        self.thumbnails.show(load_data(self.params.dataset), range(SHOWN))
+        self._offer_images(range(SHOWN))
         search = [ipw.Label("find an image:"), *self.finds.values(), self.thumbnails.widget]
         self.finders = ipw.HBox(search, layout=_wrapped())
         parts = [ipw.HTML(STYLE), head, self.own, self.finders, self.text, self.pin_text, self.picture]
@@ -345,7 +345,7 @@ class Explorer:
             self.controls["step"].max = self.play.max = self.params.pgd_steps
             self.loop_play.max = self._last_loop()
             self.pinned = None
-            self.thumbnails.show(load_data(self.params.dataset), range(SHOWN))
+            self._offer_images(range(SHOWN))
         finally:
             self._busy = False
         self._take(self._state)
@@ -445,10 +445,13 @@ class Explorer:
                 self._say(str(error), "error")
                 return
             if images:
-                self.thumbnails.show(load_data(self.params.dataset), images)
+                self._offer_images(images)
                 self.thumbnails.mark(images[0])
                 self.controls["image"].value = images[0]
             self._say(text)
+
+    def _offer_images(self, images: Sequence[int]) -> None:
+        self.thumbnails.show(load_data(self.params.dataset), images, self._state.class_name)
 
     def _choose_image(self, image: int) -> None:
         self.controls["image"].value = image

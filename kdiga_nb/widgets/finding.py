@@ -71,5 +71,7 @@ def _smallest_margins(state: State, point: Point) -> tuple[list[int], str]:
     true = logits.gather(1, y[:, None]).squeeze(1)
     margin = true - logits.scatter(1, y[:, None], -torch.inf).amax(1)
     margin[margin <= 0] = torch.inf
-    least = margin.argsort()[:SHOWN].tolist()
+    least = margin.argsort()[: min(SHOWN, int(margin.isfinite().sum()))].tolist()
+    if not least:
+        return [], "KDIGA classifies none of the test images correctly."
     return least, f"KDIGA's logit of the true class leads by {margin[least[0]].item():.2f} nats, the least of {len(y)}."

@@ -9,7 +9,7 @@ import ipywidgets as ipw
 from matplotlib.image import imsave
 from torch import Tensor
 
-from kdiga_nb.data import CLASS_NAMES, Data
+from kdiga_nb.data import Data
 from kdiga_nb.widgets.finding import SHOWN
 
 SIDE = 44  # pixels of a thumbnail on the page
@@ -37,16 +37,14 @@ class Thumbnails:
             button.on_click(lambda _, place=place: choose(self.images[place]))
         self.widget = ipw.HBox([self._style, *self.buttons], layout=ipw.Layout(flex_flow="row wrap"))
 
-    def show(self, data: Data, images: Sequence[int]) -> None:
-        """Offer these test images, at most ``SHOWN``."""
+    def show(self, data: Data, images: Sequence[int], class_name: Callable[[int], str]) -> None:
+        """Offer these test images, at most ``SHOWN``; ``class_name`` gives the name of a label."""
         self.images = list(images)[:SHOWN]
         rules = [f"[class*={self._prefix}] {{ background-size: cover; image-rendering: pixelated }}"]
         for place, image in enumerate(self.images):
             source = _source(data.test.images[image : image + 1][0])
             rules.append(f".{self._prefix}-{place} {{ background-image: url({source}) }}")
-            label = int(data.test.labels[image])
-            name = CLASS_NAMES[data.name][label] if data.name in CLASS_NAMES else label
-            self.buttons[place].tooltip = f"image {image}: {name}"
+            self.buttons[place].tooltip = f"image {image}: {class_name(int(data.test.labels[image]))}"
         for place, button in enumerate(self.buttons):
             button.layout.display = "flex" if place < len(self.images) else "none"
         self._style.value = f"<style>{' '.join(rules)}</style>"
