@@ -448,6 +448,7 @@ MODELS: dict[str, Net] = {
     "digits_vit": _digits(DigitsViT),
     "digits_mlp": _digits(DigitsMLP, 32),
     "digits_mlp_wide": _digits(DigitsMLP, 64),
+    "cifar_cnn_narrow": Net(partial(CifarCNN, 24)),
     "cifar_cnn": Net(partial(CifarCNN, 48)),
     "cifar_cnn_relu": _with_relu(Net(partial(CifarCNN, 48))),
     "cifar_cnn_wide": Net(partial(CifarCNN, 64)),

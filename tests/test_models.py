@@ -176,6 +176,7 @@ def test_an_unknown_name_is_answered_with_all_names() -> None:
 PARAMETERS = {
     "cifar_cnn": 1_113_730,
     "cifar_cnn_relu": 1_113_730,
+    "cifar_cnn_narrow": 279_526,
     "cifar_cnn_wide": 1_978_026,
     "mobilenet_v2": 2_296_922,
     "wrn_28_10": 36_479_194,
