@@ -9,6 +9,7 @@ conda cannot be run everywhere, so environment.yml is compared with pyproject.to
 import ast
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -152,6 +153,11 @@ CIFAR_ROWS = [
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]
 LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "trades_student"]
+NARROW_ROWS = ["st", "kd", "kdiga_zero", "penalty", "kdiga", "rslad", "isd_wot_1", "trades_teacher"]
+LOOP_ROWS = [
+    *(f"isd_wot_1_{weight}" for weight in ("0p01", "0p1", "1", "3", "10", "30", "300", "slow")),
+    *["isd_wot_1_zero", "isd_wot_1_shuffled", "self_kd", "self_st"],
+]
 GRID_ROWS = [
     *["kdiga_0p3", "kdiga_1", "kdiga_3", "kdiga_10", "kdiga_zero_0p3", "kdiga_zero_1"],
     *["penalty_0p1", "penalty_0p3", "penalty_1", "penalty_3", "isd_wot_1_1", "isd_wot_1_10", "isd_wot_1_100"],
@@ -200,7 +206,7 @@ def with_interval(artefact: str, row: str, metric: str) -> str:
 def quoted(scale: str, rows: list[str], columns: list[str], artefact: str = "table1") -> list[list[str]]:
     """Label and columns of a table as ``report.show`` prints them."""
     table = table_of(scale, artefact)
-    shown = show(table, ["clean", "pgd20", "autoattack"])
+    shown = show(table, list(dict.fromkeys(column.split(",")[0] for column in columns)))
     labels = [table.loc[table["row"] == row, "label"].iloc[0] for row in rows]
     return [[label, *(str(shown.loc[label, column]) for column in columns)] for label in labels]
 
@@ -255,6 +261,14 @@ def test_the_table_of_the_search_is_the_committed_result() -> None:
     assert_table("docs/results.md", "| setting of one loop | clean |", expected)
 
 
+def test_the_table_of_the_weights_is_the_committed_result() -> None:
+    columns = ["clean, ours", "pgd20, ours", "apgd, ours"]
+    lines = quoted("cifar10_cpu", LOOP_ROWS, columns, "isd_search")
+    cosine = [number("cifar10_cpu", "isd_search", row, "cosine") if row != "self_st" else math.nan for row in LOOP_ROWS]
+    expected = [[*line, "–" if math.isnan(c) else f"{c:.2f}"] for line, c in zip(lines, cosine, strict=True)]
+    assert_table("docs/results.md", "| one loop | clean | PGD-20 | APGD | cosine |", expected)
+
+
 def test_the_table_of_later_distillations_is_the_committed_result() -> None:
     experiment = baselines(at_scale(BaselineParams, "digits"))
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
@@ -263,6 +277,11 @@ def test_the_table_of_later_distillations_is_the_committed_result() -> None:
         [*line, step] for line, step in zip(quoted("digits", LATER_ROWS, columns, "baselines"), steps, strict=True)
     ]
     assert_table("docs/results.md", "| method | clean | PGD-20 | AutoAttack | step |", expected)
+
+
+def test_the_table_of_the_narrow_students_is_the_committed_result() -> None:
+    expected = quoted("cifar10_cpu", NARROW_ROWS, ["clean, ours", "pgd20, ours"], "baselines")
+    assert_table("docs/results.md", "| method, narrow student | clean | PGD-20 |", expected)
 
 
 def test_the_findings_quote_the_published_tables() -> None:

@@ -185,6 +185,30 @@ def _note_collapsed(axes: Axes, accuracies: Sequence[float]) -> None:
         axes.text(0.01, 0.015, said, transform=axes.transAxes, fontsize=9, color="0.4")
 
 
+def _weight_labels(
+    weights: Sequence[float], rows: Sequence[str], numbers: Mapping[tuple[str, str], float], robust: str
+) -> list[tuple[str, tuple[float, float]]]:
+    """One label per place of the figure. Points within 3 of each other share a place: "0.01 to 300"."""
+    places: list[tuple[list[float], tuple[float, float]]] = []
+    for weight, row in zip(weights, rows, strict=True):
+        point = numbers[row, "clean"], numbers[row, robust]
+        if math.isnan(sum(point)):
+            continue
+        near = next((shared for shared, place in places if math.dist(point, place) <= 3), None)
+        if near is None:
+            places.append(([weight], point))
+        else:
+            near.append(weight)
+    every = sorted(weights)
+
+    def text(shared: list[float]) -> str:
+        start = every.index(shared[0])
+        together = len(shared) > 2 and every[start : start + len(shared)] == shared
+        return f"{shared[0]:g} to {shared[-1]:g}" if together else ", ".join(f"{weight:g}" for weight in shared)
+
+    return [(text(shared), place) for shared, place in places]
+
+
 def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figure:
     """Robust against clean accuracy of every net of the search for ISD: what no setting reaches stays empty.
 
@@ -214,16 +238,12 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
         axes.scatter(*points(rows), s=42, facecolors=face, edgecolors=color, label=label, zorder=3)
     for index, number in enumerate(params.finalists):
         rows = [combination_row(number, loop) for loop in range(1, params.loops + 1)]
-        style = ("-", "--", ":")[index % 3]
-        draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
+        if len(points(rows)[0]) > 1:
+            style = ("-", "--", ":")[index % 3]
+            draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
     sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
-    draw(sweep, "v-", color="#4b0082", markersize=5, linewidth=1, label="one loop over λ (numbers)")
-    labels: list[tuple[str, float, float, Any]] = []
-    for weight, row in zip(params.weights, sweep, strict=True):
-        x, y = numbers[row, "clean"], numbers[row, robust]
-        # Points within 3 of each other would share a place; the first one's label stands for them.
-        if not math.isnan(x + y) and all(math.dist((x, y), other[1:3]) > 3 for other in labels):
-            labels.append((f"{weight:g}", x, y, "#4b0082"))
+    draw(sweep, "v-", color="#4b0082", markersize=5, linewidth=1, zorder=4, label="one loop over λ (numbers)")
+    labels = [(text, *point, "#4b0082") for text, point in _weight_labels(params.weights, sweep, numbers, robust)]
     controls = {"isd_wot_1_zero": "X", "isd_wot_1_shuffled": "P", "self_kd": "s", "self_st": "D"}
     for row, marker in controls.items():
         label = short(experiment.row(row).label)
