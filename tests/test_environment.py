@@ -269,7 +269,7 @@ def test_the_table_of_the_weights_is_the_committed_result() -> None:
     pgd = partial(number, "cifar10_cpu", "isd_search", metric="pgd20")
     assert [pgd(row=row) for row in LOOP_ROWS[:7]] == [0.0] * 7
     zero = f"with the zero target {pgd(row='isd_wot_1_zero'):.1f} % do"
-    assert_sentences([f"no weight from 0.01 to 300 makes one image in 1,000 withstand PGD-20; {zero}"], README)
+    assert_sentences([f"at every weight from 0.01 to 300, none of 1,000 images withstands PGD-20; {zero}"], README)
 
 
 def test_the_table_of_later_distillations_is_the_committed_result() -> None:

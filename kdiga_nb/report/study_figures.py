@@ -185,28 +185,15 @@ def _note_collapsed(axes: Axes, accuracies: Sequence[float]) -> None:
         axes.text(0.01, 0.015, said, transform=axes.transAxes, fontsize=9, color="0.4")
 
 
-def _weight_labels(
-    weights: Sequence[float], rows: Sequence[str], numbers: Mapping[tuple[str, str], float], robust: str
-) -> list[tuple[str, tuple[float, float]]]:
-    """One label per place of the figure. Points within 3 of each other share a place: "0.01 to 300"."""
+def weight_labels(points: Mapping[float, tuple[float, float]]) -> list[tuple[str, float, float]]:
+    """Label, x and y by weight; weights in a row within 3 points of their first share one label: "0.01 to 300"."""
     places: list[tuple[list[float], tuple[float, float]]] = []
-    for weight, row in zip(weights, rows, strict=True):
-        point = numbers[row, "clean"], numbers[row, robust]
-        if math.isnan(sum(point)):
-            continue
-        near = next((shared for shared, place in places if math.dist(point, place) <= 3), None)
-        if near is None:
+    for weight, point in sorted(points.items()):
+        if places and math.dist(point, places[-1][1]) <= 3:
+            places[-1][0].append(weight)
+        elif not math.isnan(sum(point)):
             places.append(([weight], point))
-        else:
-            near.append(weight)
-    every = sorted(weights)
-
-    def text(shared: list[float]) -> str:
-        start = every.index(shared[0])
-        together = len(shared) > 2 and every[start : start + len(shared)] == shared
-        return f"{shared[0]:g} to {shared[-1]:g}" if together else ", ".join(f"{weight:g}" for weight in shared)
-
-    return [(text(shared), place) for shared, place in places]
+    return [(" to ".join(f"{end:g}" for end in sorted({shared[0], shared[-1]})), *at) for shared, at in places]
 
 
 def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figure:
@@ -243,7 +230,10 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
             draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
     sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
     draw(sweep, "v-", color="#4b0082", markersize=5, linewidth=1, zorder=4, label="one loop over λ (numbers)")
-    labels = [(text, *point, "#4b0082") for text, point in _weight_labels(params.weights, sweep, numbers, robust)]
+    at = {
+        weight: (numbers[row, "clean"], numbers[row, robust]) for weight, row in zip(params.weights, sweep, strict=True)
+    }
+    labels = [(*label, "#4b0082") for label in weight_labels(at)]
     controls = {"isd_wot_1_zero": "X", "isd_wot_1_shuffled": "P", "self_kd": "s", "self_st": "D"}
     for row, marker in controls.items():
         label = short(experiment.row(row).label)

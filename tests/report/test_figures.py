@@ -4,8 +4,10 @@ from itertools import combinations
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 
 from kdiga_nb.report.figures import label_points, one_panel
+from kdiga_nb.report.study_figures import weight_labels
 
 
 def test_labels_of_points_stay_apart_and_off_the_lines() -> None:
@@ -22,3 +24,18 @@ def test_labels_of_points_stay_apart_and_off_the_lines() -> None:
         assert not any(box.contains(*point) for point in path)
         assert frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
     plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("points", "labels"),
+    [
+        ({1.0: (50.0, 9.0)}, ["1"]),
+        ({10.0: (80.0, 1.0), 0.1: (80.0, 0.0), 1.0: (81.0, 0.0)}, ["0.1 to 10"]),
+        ({0.1: (80.0, 0.0), 1.0: (70.0, 9.0), 3.0: (80.0, 0.0)}, ["0.1", "1", "3"]),
+        ({0.1: (80.0, 0.0), 1.0: (np.nan, np.nan), 3.0: (80.0, 0.0)}, ["0.1 to 3"]),
+        ({0.1: (np.nan, 0.0)}, []),
+    ],
+    ids=["one", "one place", "back again", "one not measured", "none measured"],
+)
+def test_weights_that_share_a_place_share_a_label(points: dict[float, tuple[float, float]], labels: list[str]) -> None:
+    assert [text for text, _, _ in weight_labels(points)] == labels
