@@ -579,8 +579,11 @@ def isd_search(params: IsdSearchParams) -> Experiment:
 def baselines(params: BaselineParams) -> Experiment:
     """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack, epochs and seeds.
 
-    The later methods keep their authors' weights; IGDM's is ``lambda_igdm``. The other nets are those of Table 1.
+    The later methods keep their authors' weights; IGDM's is ``lambda_igdm``. The other nets are those of Table 1,
+    unless ``baseline_student`` names another student.
     """
+    student = params.student if params.baseline_student == NONE else params.baseline_student
+    at_student = params.model_copy(update={"student": student})
     attack, teacher = training_attack(params), trades_teacher(params)
     later = {
         "rslad": RSLAD(attack),
@@ -588,10 +591,10 @@ def baselines(params: BaselineParams) -> Experiment:
         "adaad": AdaAD(attack),
         "igdm": IGDM(attack, lambda_igdm=params.lambda_igdm),
     }
-    known = table1_runs(params)
+    known = table1_runs(at_student)
     chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}
     for name, method in later.items():
-        runs = runs_per_seed(params, method, teacher=teacher)
+        runs = runs_per_seed(at_student, method, teacher=teacher)
         chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", runs)
     for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
         chosen[name] = known[name]
