@@ -377,6 +377,9 @@ class AlignmentParams(Table1Params):
         "weights of the alignment and of both penalties", default=[0.3, 1.0, 3.0, 10.0]
     )
     isd_grid: list[Positive] = _knob("weights of the alignment in one loop of ISD-WoT; empty: lambda_isd", default=[])
+    teacher_radii: list[Radius] = _knob(
+        "radii of the adversarial training of further teachers, weaker ones; 0: standard training", default=[]
+    )
     gradient_images: Count = _knob("test images of the gradients' norms and cosines", default=200)
 
 

@@ -272,6 +272,19 @@ def test_the_table_of_the_weights_is_the_committed_result() -> None:
     assert_sentences([f"at every weight from 0.01 to 300, none of 1,000 images withstands PGD-20; {zero}"], README)
 
 
+def test_the_table_of_teachers_is_the_committed_result() -> None:
+    trades = {"teacher": "trades_teacher", "kd": "kd"} | {kind: f"{kind}_1p5" for kind in ("kdiga_zero", "kdiga")}
+    teachers = {
+        words: [f"{kind}_from_{radius}" for kind in trades]
+        for words, radius in (("standard training", "0"), ("AT, ε = 0.03", "0p03"))
+    } | {"TRADES, ε = 0.12": list(trades.values())}
+    expected = [
+        [words, *(cell for _, cell in quoted("digits", rows, ["pgd20, ours"], "alignment_or_penalty"))]
+        for words, rows in teachers.items()
+    ]
+    assert_table("docs/results.md", "| teacher | the teacher itself | KD |", expected)
+
+
 def test_the_table_of_later_distillations_is_the_committed_result() -> None:
     experiment = baselines(at_scale(BaselineParams, "digits"))
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
@@ -309,7 +322,7 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"(clean: {clean[0]:.1f}, {clean[1]:.1f}, {clean[2]:.1f} %)",
         f"(AutoAttack: {cifar('isd_wot_6', 'autoattack'):.1f} %)",
         f"KD gains {gains[0]:.1f} of KDIGA's {gains[1]:.1f} points on the digits",
-        f"it reaches {zero[0]:.1f} % under PGD-20 at {zero[1]:.1f} % clean, where KDIGA has {aligned[0]:.1f} % at "
+        f"the zero target reaches {zero[0]:.1f} % under PGD-20 at {zero[1]:.1f} % clean, where KDIGA has {aligned[0]:.1f} % at "
         f"{aligned[1]:.1f} %",
         f"With the gradients shuffled among the images, {shuffled[0]:.1f} and {shuffled[1]:.1f} % remain of KDIGA's "
         f"{both('cifar10_cpu', 'kdiga')}",

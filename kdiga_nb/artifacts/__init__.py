@@ -3,6 +3,7 @@
 from kdiga_nb.artifacts.explore import CHAINS, Point, explore, explored, reference_teacher
 from kdiga_nb.artifacts.paper import figure1, table1, table2, table3, table4, table5, table6
 from kdiga_nb.artifacts.studies import (
+    TAUGHT,
     WEIGHTED,
     Effect,
     Factor,
@@ -22,6 +23,7 @@ from kdiga_nb.artifacts.studies import (
     prop1_certified,
     prop2_bound,
     robustness_audit,
+    taught_row,
     weighted_row,
     weights_of,
     worth_of_test_selection,

@@ -22,10 +22,12 @@ from kdiga_nb.artifacts.recipes import (
     isd_row,
     isd_wot_runs,
     method_of,
+    pgd_teacher,
     runs_per_seed,
     schedule_of,
     standard_training,
     table1_runs,
+    teacher_schedule,
     trades_teacher,
     trained_runs,
     training_attack,
@@ -443,16 +445,34 @@ def weights_of(params: AlignmentParams, kind: str) -> list[float]:
     return (params.isd_grid or [params.lambda_isd]) if kind == "isd_wot_1" else params.grid
 
 
+# What is trained from each of the study's teachers.
+TAUGHT = ("kd", "kdiga_zero", "kdiga")
+
+
+def taught_row(kind: str, radius: float) -> str:
+    """The row id of a student (a kind of ``TAUGHT``) or "teacher", by the radius of the teacher: kdiga_from_0p03."""
+    return f"{kind}_from_{radius:g}".replace(".", "p")
+
+
+def _weaker_teacher(params: AlignmentParams, radius: float) -> tuple[str, PerSeed]:
+    """The teacher's net under PGD adversarial training at a radius of its own, or standard training at radius 0."""
+    if radius == 0:
+        return "ST", runs_per_seed(params, ST(), params.teacher, schedule=teacher_schedule(params))
+    own = params.model_copy(update={"train_epsilon": radius, "train_step_size": 0.0})
+    return f"AT ε = {radius:g}", pgd_teacher(own)
+
+
 def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     """KDIGA beside its controls over a grid of weights: is the gain the teacher's gradient, or a small gradient?
 
     Every net is measured clean and under PGD, with the mean norm of its input gradient and, where there is a robust
-    teacher, the mean cosine to the teacher's gradient.
+    teacher, the mean cosine to the teacher's gradient. KD, KDIGA and KDIGA with a zero target are also trained from
+    weaker teachers (``teacher_radii``), at the weight of Table 1.
     """
     gradients = Gradients(params.epsilon, params.gradient_images)
-    teachers = trades_teacher(params)
+    trades = trades_teacher(params)
 
-    def row(name: str, label: str, runs: Nets, compare: bool) -> Row:
+    def row(name: str, label: str, runs: Nets, compare: bool, teachers: Nets = trades) -> Row:
         cells = [_with_mask(cell) for cell in accuracy_cells(params, runs, autoattack=False)]
         if compare:
             cells += [_compared(key, runs, gradients, teachers, key) for key in ("norm", "cosine")]
@@ -466,6 +486,13 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
             at_weight = params.model_copy(update={setting: weight})
             runs = table1_runs(at_weight)[kind][1]
             rows.append(row(weighted_row(kind, weight), f"{label}, λ = {weight:g}", runs, True))
+    for radius in params.teacher_radii:
+        words, teacher = _weaker_teacher(params, radius)
+        rows.append(row(taught_row("teacher", radius), f"{params.teacher} ({words})", teacher, False))
+        methods = method_of(params, KD), method_of(params, KDIGA, target_gradient="zero"), method_of(params, KDIGA)
+        for kind, label, method in zip(TAUGHT, ("KD", "KD + gradient penalty", "KDIGA"), methods, strict=True):
+            runs = runs_per_seed(params, method, teacher=teacher)
+            rows.append(row(taught_row(kind, radius), f"{words} teacher → {label} → student", runs, True, teacher))
     title = "The teacher's gradient, or a small gradient?"
     return Experiment("alignment_or_penalty", title, tuple(rows), params)
 

@@ -28,6 +28,7 @@ from kdiga_nb.report.study_figures import (
     plot_radii,
     plot_search,
     plot_surfaces,
+    plot_teachers,
     plot_tightness,
     plot_weights,
 )

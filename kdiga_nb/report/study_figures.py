@@ -12,7 +12,16 @@ from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_row
 from kdiga_nb.artifacts.reported import TABLE1
-from kdiga_nb.artifacts.studies import WEIGHTED, Effect, combination_row, isd_factors, weighted_row, weights_of
+from kdiga_nb.artifacts.studies import (
+    TAUGHT,
+    WEIGHTED,
+    Effect,
+    combination_row,
+    isd_factors,
+    taught_row,
+    weighted_row,
+    weights_of,
+)
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
 from kdiga_nb.params import AlignmentParams, IsdSearchParams
@@ -175,6 +184,33 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
         loc="outside right center", fontsize=9, frameon=False, title="numbers: the weight λ", title_fontsize=9
     )
     label_points(axes, labels)
+    return figure
+
+
+def plot_teachers(table: pd.DataFrame, params: AlignmentParams, robust: str, title: str) -> Figure:
+    """Robust accuracy of the students, with 95 % intervals, by how robust their teacher was trained to be.
+
+    The last teacher is the study's own, under TRADES; its students are those at the weight closest to ``lambda_iga``.
+    """
+    weight = min(params.grid, key=lambda one: abs(one - params.lambda_iga))
+    trades = {kind: weighted_row(kind, weight) for kind in TAUGHT} | {"kd": "kd", "teacher": "trades_teacher"}
+    kinds = {"teacher": "the teacher", "kd": "KD", "kdiga_zero": WEIGHTED["kdiga_zero"][0], "kdiga": "KDIGA"}
+    found = table[table["metric"] == robust].set_index("row")
+    figure, axes = one_panel(9.4, 4.4)
+    for index, (kind, label) in enumerate(kinds.items()):
+        rows = [*(taught_row(kind, radius) for radius in params.teacher_radii), trades[kind]]
+        middle, low, high = (found.loc[rows, key].to_numpy(float) for key in ("value", "low", "high"))
+        places = np.arange(len(rows)) + 0.06 * (index - 1.5)
+        color = "0.45" if kind == "teacher" else method_color(kind, index)
+        error = np.maximum(np.array([middle - low, high - middle]), 0)
+        axes.errorbar(places, middle, yerr=error, fmt="so^D"[index] + "-", capsize=3, color=color, label=label)
+    names = ["standard training" if radius == 0 else f"AT, ε = {radius:g}" for radius in params.teacher_radii]
+    axes.set_xticks(range(len(names) + 1), [*names, f"TRADES, ε = {params.train_epsilon:g}"])
+    axes.margins(x=0.12)
+    axes.set_xlabel("training of the teacher")
+    axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
+    axes.set_title(title)
+    figure.legend(fontsize=9, frameon=False, loc="outside right center")
     return figure
 
 

@@ -16,6 +16,7 @@ from kdiga_nb import paths, report
 from kdiga_nb import report as plots
 from kdiga_nb.artifacts import ARTIFACTS, STUDIES
 from kdiga_nb.artifacts.studies import (
+    TAUGHT,
     Factor,
     audit_jobs,
     combination_row,
@@ -23,13 +24,15 @@ from kdiga_nb.artifacts.studies import (
     findings,
     isd_factors,
     main_effects,
+    taught_row,
+    weighted_row,
     worth_of_test_selection,
 )
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.measures import plan
 from kdiga_nb.audit.verdict import verdict
 from kdiga_nb.methods import ARD, AT, KDIGA, PRESETS, ST
-from kdiga_nb.params import IsdSearchParams, ParameterError, at_scale, scales
+from kdiga_nb.params import AlignmentParams, IsdSearchParams, ParameterError, at_scale, scales
 from kdiga_nb.runs import Checkpoint
 from kdiga_nb.runs.graph import run_all
 from kdiga_nb.runs.run import Run, ancestors, run_key
@@ -323,6 +326,34 @@ def test_the_propositions_are_measured_and_drawn(name: str, tmp_path: Path) -> N
             assert ours[row.id, "bound_l2"] < ours[row.id, "bound"]
     with pytest.raises(KeyError, match="has no metric"):
         plots.results(found.rows[0], "nonsense")
+
+
+def test_students_of_weaker_teachers_differ_from_table_1_only_in_their_teacher() -> None:
+    found = study("digits", "alignment_or_penalty", teacher_radii=[0.0, 0.03])
+    zero = weighted_row("kdiga_zero", 1.5)
+    for radius in (0.0, 0.03):
+        teachers = found.row(taught_row("teacher", radius)).runs
+        for kind, same in zip(TAUGHT, ("kd", zero, weighted_row("kdiga", 1.5)), strict=True):
+            runs = found.row(taught_row(kind, radius)).runs
+            assert [run.teacher for run in runs] == list(teachers)
+            others = found.row(same).runs
+            assert [replace(run, teacher=other.teacher) for run, other in zip(runs, others, strict=True)] == list(
+                others
+            )
+    standard, weak = (found.row(taught_row("teacher", radius)).runs[0] for radius in (0.0, 0.03))
+    assert isinstance(standard.method, ST) and isinstance(weak.method, AT)
+    assert weak.method.attack.epsilon == 0.03
+    assert standard.model == weak.model == found.params.teacher and standard.schedule == weak.schedule
+
+
+def test_weaker_teachers_are_measured_and_drawn(tmp_path: Path) -> None:
+    found = study("smoke", "alignment_or_penalty", grid=[0.3], teacher_radii=[0.0, 0.03])
+    assert not run_all(found.jobs(), workers=1).failed
+    params = found.params
+    assert isinstance(params, AlignmentParams)
+    figure = plots.plot_teachers(report.frame(found), params, f"pgd{params.pgd_steps}", "title")
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()][:2] == ["standard training", "AT, ε = 0.03"]
+    drawn(figure, tmp_path)
 
 
 def test_effects_are_drawn(tmp_path: Path) -> None:
