@@ -322,8 +322,8 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"(clean: {clean[0]:.1f}, {clean[1]:.1f}, {clean[2]:.1f} %)",
         f"(AutoAttack: {cifar('isd_wot_6', 'autoattack'):.1f} %)",
         f"KD gains {gains[0]:.1f} of KDIGA's {gains[1]:.1f} points on the digits",
-        f"the zero target reaches {zero[0]:.1f} % under PGD-20 at {zero[1]:.1f} % clean, where KDIGA has {aligned[0]:.1f} % at "
-        f"{aligned[1]:.1f} %",
+        f"the zero target reaches {zero[0]:.1f} % under PGD-20 at {zero[1]:.1f} % clean, where KDIGA has "
+        f"{aligned[0]:.1f} % at {aligned[1]:.1f} %",
         f"With the gradients shuffled among the images, {shuffled[0]:.1f} and {shuffled[1]:.1f} % remain of KDIGA's "
         f"{both('cifar10_cpu', 'kdiga')}",
         loops_on_photographs(),
