@@ -48,7 +48,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The paper's augmentation: a random crop out of the zero-padded image, and a random horizontal flip.
+    """The augmentation of the authors' code: a random crop out of the zero-padded image, and a random horizontal flip.
 
     ``padding`` is in pixels, ``flip`` says whether images are mirrored with probability one half.
     """
@@ -348,7 +348,7 @@ def _open(name: str, root: Path, folder: str, build: Callable[[bool], Any], arch
 
 
 def _cifar10(root: Path) -> Data:
-    """CIFAR-10, 50,000 and 10,000 images, with the paper's augmentation: shifts of up to 4 pixels and flips."""
+    """CIFAR-10, 50,000 and 10,000 images, with the authors' augmentation: shifts of up to 4 pixels and flips."""
     from torchvision.datasets import CIFAR10
 
     archive = [(CIFAR10.filename, CIFAR10.tgz_md5)]

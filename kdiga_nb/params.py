@@ -142,7 +142,7 @@ class Params(BaseModel):
     scale: Scale = _knob("the file params/<scale>.yaml, and the folder of figures/ that results go to")
     dataset: DatasetName = _knob("images in [0, 1]")
     student: ModelName = _knob("net of the student (App. D: MobileNetV2)")
-    teacher: ModelName = _knob("net of the robust teacher (App. D: WRN-34-10)")
+    teacher: ModelName = _knob("net of the robust teacher (App. D: a WideResNet; TRADES publishes WRN-34-10)")
     teacher_checkpoint: CheckpointText = _knob(
         "published weights of the teacher, FORMAT:PATH_OR_URL[#sha256=…]; empty: trained here", default=""
     )
@@ -155,7 +155,7 @@ class Params(BaseModel):
     shared_teacher: bool = _knob("one robust teacher, of the first seed, for the students of all seeds", default=False)
     device: Device = _knob("auto, cpu or cuda", default="auto")
 
-    epsilon: Radius = _knob("radius of the ℓ∞ ball (App. D: 8/255)")
+    epsilon: Radius = _knob("radius of the ℓ∞ ball (Table 1: 8/255)")
     pgd_steps: Count = _knob("steps of the evaluation attack, each 2·epsilon/pgd_steps long (App. D: 20)")
     pgd_restarts: Count = _knob("random restarts of the evaluation attack", default=1)
     test_images: Natural = _knob("how many test images are measured; 0: all")
@@ -165,7 +165,7 @@ class Params(BaseModel):
 
     lambda_ce: Weight = _knob("weight of the cross-entropy (App. E)", default=0.5)
     lambda_kl: Weight = _knob("weight of the distillation term (App. E)", default=0.5)
-    lambda_iga: Weight = _knob("weight of the input gradient alignment (App. E: 1; the authors' code tries 1 to 1000)")
+    lambda_iga: Weight = _knob("weight of the input gradient alignment (App. E: 1/B, read as 1 times the batch's mean)")
     iga_norm: Annotated[str, _one_of(("preset", *NORMS))] = _knob(
         "per_sample (the paper's equation), batch (the authors' code), or that of the preset", default="preset"
     )
@@ -192,7 +192,7 @@ class Params(BaseModel):
     )
     train_images: Natural = _knob("train on the first so many images; 0: all", default=0)
     teacher_epochs: Count = _knob("of an adversarially trained teacher (TRADES' authors publish epoch 76)")
-    train_epsilon: Radius = _knob("radius of the training attacks (App. D: 8/255)")
+    train_epsilon: Radius = _knob("radius of the training attacks (the paper does not say)")
     train_steps: Count = _knob("steps of the training attacks (TRADES, ARD: 10)")
     train_step_size: Radius = _knob("step of the training attacks; 0: train_epsilon/3 (ARD: 2/255, TRADES: 0.007)")
     at_steps: Count = _knob("steps of the attack of plain adversarial training (PGD-7 in the paper)")
@@ -389,7 +389,7 @@ class IsdSearchParams(IsdParams):
     section: ClassVar[str] = "isd_search"
     relu_student: MaybeModel = _knob("the student with ReLU for GELU; none: the activation is not varied", default=NONE)
     weights: Annotated[list[Positive], Field(min_length=1)] = _knob(
-        "weights of the alignment in one loop, all else as the paper has it",
+        "weights of the alignment in one loop from its teacher's weights, with head dropout",
         default=[0.01, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0],
     )
     finalists: list[Annotated[int, Field(ge=1, le=16)]] = _knob(

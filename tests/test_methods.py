@@ -141,6 +141,7 @@ def identities() -> list[Any]:
                 ("KDIGA-ARD-C at radius 0 is KDIGA", KDIGA_ARD_C(STILL, **both), KDIGA(**both)),
                 ("KDIGA-ARD-A at radius 0 is KDIGA", KDIGA_ARD_A(STILL, **both), KDIGA(**both)),
                 ("KDIGA+FGSM at radius 0 is KDIGA", KDIGA(attack=FGSM(0.0), **both), KDIGA(**both)),
+                ("at x + δ, too", KDIGA(attack=FGSM(0.0), align_at="perturbed", **both), KDIGA(**both)),
             ]
     return [pytest.param(left, right, id=f"{name}-{i}") for i, (name, left, right) in enumerate(pairs)]
 
@@ -229,6 +230,11 @@ def expected_kdiga_fgsm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tenso
     return moved | {"alignment": 2 * distance(s, t, *b)}
 
 
+def expected_kdiga_perturbed(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    x_adv = (b.images + 0.1 * pixel_gradient(s, *b).sign()).clamp(0, 1)
+    return expected_kdiga(s, t, Split(x_adv, b.labels))
+
+
 def expected_ard(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
     kl = mean_kl(s(attacked(s, b)), t(b.images))
     return {"cross_entropy": 0.5 * expected_st(s, t, b)["cross_entropy"], "distillation": 0.5 * kl}
@@ -311,6 +317,7 @@ def expected_igdm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
         (KDIGA(lambda_iga=2, target_gradient="shuffled"), expected_kdiga_shuffled),
         (GradientPenalty(2), expected_penalty),
         (KDIGA(lambda_iga=2, attack=FGSM(0.1)), expected_kdiga_fgsm),
+        (KDIGA(lambda_iga=2, attack=FGSM(0.1), align_at="perturbed"), expected_kdiga_perturbed),
         (ARD(ATTACK), expected_ard),
         (ARD(ATTACK, target="adversarial"), expected_ard_adversarial),
         (RSLAD(ATTACK), expected_rslad),
@@ -428,6 +435,7 @@ def passes_of_the_loss() -> dict[str, tuple[Method, int]]:
         "kdiga, shuffled": (KDIGA(target_gradient="shuffled"), 1),
         "gradient_penalty": (GradientPenalty(), 1),
         "kdiga+fgsm": (KDIGA(attack=FGSM(0.1)), 2),
+        "kdiga+fgsm, all at x + δ": (KDIGA(attack=FGSM(0.1), align_at="perturbed"), 1),
         "ard": (ARD(ATTACK), 2),
         "rslad": (RSLAD(ATTACK), 2),
         "iad": (IAD(ATTACK), 2),
@@ -820,6 +828,8 @@ def test_two_classes_need_no_more_than_the_loss(tiny_net: Callable[..., nn.Modul
 def test_a_step_along_the_losss_gradient_cannot_align_logits() -> None:
     with pytest.raises(ValueError, match="align must be loss with an attack"):
         KDIGA(attack=FGSM(0.1), align="logits")
+    with pytest.raises(ValueError, match="without an attack there is no perturbed image"):
+        KDIGA(align_at="perturbed")
     with pytest.raises(ValueError, match="align must be one of loss, logits, got 'jacobian'"):
         KDIGA(align="jacobian")
 

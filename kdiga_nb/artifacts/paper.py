@@ -98,6 +98,12 @@ def table5(params: Table5Params) -> Experiment:
     specs: list[tuple[str, str, Method, bool]] = [
         ("kdiga_fgsm", "teacher → KDIGA+FGSM", method_of(params, KDIGA, attack=FGSM(params.train_epsilon)), True),
         ("kdiga_fgsm_random", "teacher → KDIGA+FGSM, random start", method_of(params, KDIGA, attack=fast), True),
+        (
+            "kdiga_fgsm_perturbed",
+            "teacher → KDIGA+FGSM, random start, all losses at x + δ",
+            method_of(params, KDIGA, attack=fast, align_at="perturbed"),
+            True,
+        ),
         ("fgsm_at", "fast AT (FGSM, random start)", AT(fast), False),
         ("kdiga_plain", "teacher → KDIGA", method_of(params, KDIGA), True),
     ]

@@ -210,16 +210,17 @@ class CertifiedRadius(Measure):
     printed), ``radius_attack`` (mean of the upper bound), ``certified`` (per cent of images certified at ``epsilon``
     and classified as labelled), ``kept`` (per cent of images whose crown radius is at least the teacher's),
     ``kept_proven`` and ``lost_proven`` (per cent of images where the true radius is certainly at least the teacher's:
-    crown ≥ the teacher's upper bound, and certainly smaller: upper bound < the teacher's crown), ``distance_loss`` and
-    ``distance_logits`` (mean ‖·‖₂ between the two nets' input gradients of the loss, and of all logits, at the images),
-    ``radii`` and ``teacher_radii``.
+    crown ≥ the teacher's upper bound; and certainly smaller: upper bound < the teacher's crown, and both nets classify
+    the image as labelled, as Equation 7 assumes), ``both_right`` (per cent of images where they do), ``distance_loss``
+    and ``distance_logits`` (mean ‖·‖₂ between the two nets' input gradients of the loss, and of all logits, at the
+    images), ``radii`` and ``teacher_radii``.
     """
 
     epsilon: float
     images: int = 200
 
     def accepts(self, result: dict[str, Any]) -> bool:
-        return "kept_proven" in result  # older results compare the two lower bounds alone
+        return "both_right" in result  # older results also count images that a net classifies wrongly
 
     def __call__(
         self, model: nn.Module, data: Data, *, reference: nn.Module | None = None, state: Path | None = None
@@ -230,9 +231,11 @@ class CertifiedRadius(Measure):
         check_inputs(model, x, y)
         layers = affine_layers(model, data.image_shape)
         crown = certified_radius(layers, x.flatten(1))
-        teachers = certified_radius(affine_layers(reference, data.image_shape), x.flatten(1))
+        teachers_layers = affine_layers(reference, data.image_shape)
+        teachers = certified_radius(teachers_layers, x.flatten(1))
         upper, teachers_upper = attacked_radius(model, x), attacked_radius(reference, x)
         right = forward(layers, x.flatten(1).double()).argmax(1) == y
+        both = right & (forward(teachers_layers, x.flatten(1).double()).argmax(1) == y)
         with frozen(model), frozen(reference):
             loss = input_gradient(model, x, y)[0] - input_gradient(reference, x, y)[0]
             logits = logit_gradients(model, x)[0] - logit_gradients(reference, x)[0]
@@ -244,7 +247,8 @@ class CertifiedRadius(Measure):
             "certified": 100 * (right & (crown >= self.epsilon)).double().mean().item(),
             "kept": 100 * (crown >= teachers).double().mean().item(),
             "kept_proven": 100 * (crown >= teachers_upper).double().mean().item(),
-            "lost_proven": 100 * (upper < teachers).double().mean().item(),
+            "lost_proven": 100 * (both & (upper < teachers)).double().mean().item(),
+            "both_right": 100 * both.double().mean().item(),
             "distance_loss": loss.flatten(1).norm(dim=1).mean().item(),
             "distance_logits": logits.flatten(1).norm(dim=1).mean().item(),
             "radii": crown.tolist(),

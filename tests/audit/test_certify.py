@@ -291,6 +291,16 @@ def test_kept_and_lost_radii_are_proven_by_the_bounds_of_both_nets() -> None:
     for net, reference, expected in ((student, teacher, (0, 0, 100)), (teacher, student, (100, 100, 0))):
         result = CertifiedRadius(0.01)(net, data, reference=reference)
         assert (result["kept"], result["kept_proven"], result["lost_proven"]) == expected
+        assert result["both_right"] == 100
+
+
+def test_a_radius_is_not_lost_where_a_net_is_wrong() -> None:
+    """Half of the images carry another label: Equation 7 says nothing of them."""
+    pair = LinearPair(margin=0.5)
+    split = Split(pair.x.float().repeat(4, 1, 1, 1), torch.cat([pair.y, pair.y, 1 - pair.y, 1 - pair.y]))
+    data = Data("two pixels", split, split, num_classes=3, validation_size=0)
+    result = CertifiedRadius(0.01)(pair.student.float(), data, reference=pair.teacher.float())
+    assert (result["lost_proven"], result["both_right"]) == (50, 50)
 
 
 def test_the_measure_needs_a_teacher(data: Data) -> None:
