@@ -100,7 +100,7 @@ def table5(params: Table5Params) -> Experiment:
         ("kdiga_fgsm_random", "teacher → KDIGA+FGSM, random start", method_of(params, KDIGA, attack=fast), True),
         (
             "kdiga_fgsm_perturbed",
-            "teacher → KDIGA+FGSM, random start, all losses at x + δ",
+            "teacher → KDIGA+FGSM, all losses at x + δ",
             method_of(params, KDIGA, attack=fast, align_at="perturbed"),
             True,
         ),
