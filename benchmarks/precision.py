@@ -39,8 +39,9 @@ def main() -> None:
     if causes := run_all(experiment.jobs(), device=params.device).causes:
         sys.exit(f"error: {'; '.join(causes)}")
     table = report.frame(experiment)
-    percent = {name: part.set_index("metric")["value"].to_dict() for name, part in table.groupby("row")}
     metrics = [cell.metric for cell in rows[0].cells]
+    found = report.values(table)
+    percent = {row.id: {metric: found[row.id, metric] for metric in metrics} for row in rows}
     differences = {metric: vars(report.compare(experiment, "bfloat16", "float32", metric)) for metric in metrics}
     keys = {precision: run_key(run) for precision, run in runs.items()}
     print(json.dumps({"percent": percent, "difference": differences, "runs": keys, "machine": machine()}, indent=1))
