@@ -535,15 +535,16 @@ def test_the_sentences_on_speed_quote_the_saved_benchmarks() -> None:
     ]
     halved = saved("precision")
     accuracy = [
-        f"{halved['percent'][kind][metric]:.1f}" for kind in ("bfloat16", "float32") for metric in ("clean", "pgd20")
+        f"{halved['percent'][kind]['clean']:.1f} {words} {halved['percent'][kind]['pgd20']:.1f} %"
+        for kind, words in (("bfloat16", "% clean and"), ("float32", "and"))
     ]
     apart = [
         f"{one['points']:+.1f} [{one['low']:.1f}, {one['high']:.1f}]".replace("-", "−")
         for one in halved["difference"].values()
     ]
     sentences = [
-        f"KDIGA has {accuracy[0]} % clean and {accuracy[1]} % under PGD-20 after 2 epochs in bf16, and {accuracy[2]} and "
-        f"{accuracy[3]} % in fp32; the differences are {apart[0]} and {apart[1]} points",
+        f"KDIGA has {accuracy[0]} under PGD-20 after 2 epochs in bf16, and {accuracy[1]} in fp32; the differences are "
+        f"{apart[0]} and {apart[1]} points",
         f"a cosine of {cosines[0]} on PreActResNet-18 and of {cosines[1]} on MobileNetV2",
         f"take {kinked['forward difference / exact']:.2f} of the exact step's time",
         f"wrong by {wrong[0]:.0f} % at the best step size there, for its ReLUs have kinks ({wrong[1]:.2f} %",
