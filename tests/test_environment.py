@@ -153,6 +153,7 @@ CIFAR_ROWS = [
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]
 LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "trades_student"]
+NARROW_ROWS = ["st", "isd_wot_1", *LATER_ROWS]
 LOOP_ROWS = [
     *(f"isd_wot_1_{weight}" for weight in ("0p01", "0p1", "1", "3", "10", "30", "300", "slow")),
     *["isd_wot_1_zero", "isd_wot_1_shuffled", "self_kd", "self_st"],
@@ -293,6 +294,15 @@ def test_the_table_of_later_distillations_is_the_committed_result() -> None:
         [*line, step] for line, step in zip(quoted("digits", LATER_ROWS, columns, "baselines"), steps, strict=True)
     ]
     assert_table("docs/results.md", "| method | clean | PGD-20 | AutoAttack | step |", expected)
+
+
+def test_the_table_of_later_distillations_on_photographs_is_the_committed_result() -> None:
+    experiment = baselines(at_scale(BaselineParams, "cifar10_cpu"))
+    columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
+    lines = quoted("cifar10_cpu", NARROW_ROWS, columns, "baselines")
+    steps = [f"{relative_cost(experiment.row(row).runs[0]):.1f}" for row in NARROW_ROWS]
+    expected = [[*line, step] for line, step in zip(lines, steps, strict=True)]
+    assert_table("docs/results.md", "| method, narrow student |", expected)
 
 
 def test_the_findings_quote_the_published_tables() -> None:
