@@ -152,8 +152,8 @@ CIFAR_ROWS = [
     *["st", "kd", "kdiga", "trades_teacher", *(f"isd_wot_{loop}" for loop in range(1, 7))],
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]
-LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "trades_student"]
-NARROW_ROWS = ["st", "isd_wot_1", *LATER_ROWS]
+LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "saad", "trades_student"]
+NARROW_ROWS = ["st", "isd_wot_1", *(row for row in LATER_ROWS if row != "saad")]
 LOOP_ROWS = [
     *(f"isd_wot_1_{weight}" for weight in ("0p01", "0p1", "1", "3", "10", "30", "300", "slow")),
     *["isd_wot_1_zero", "isd_wot_1_shuffled", "self_kd", "self_st"],

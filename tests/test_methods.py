@@ -29,6 +29,7 @@ from kdiga_nb.methods import (
     METHODS,
     PRESETS,
     RSLAD,
+    SAAD,
     ST,
     TRADES,
     AdaAD,
@@ -307,6 +308,35 @@ def expected_igdm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
     return expected_adaad(s, t, b) | {"difference": 3 * mean_kl(ours, theirs.detach())}
 
 
+def expected_saad(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
+    """Slopes and weights image by image."""
+    x, y = b.images, b.labels
+    clean = t(x).detach()
+    leaf = x.clone().requires_grad_()
+    slopes = [torch.autograd.grad(t(leaf)[i, y[i]], leaf)[0][i] for i in range(6)]
+
+    def target(images: Tensor) -> Tensor:
+        rows = [clean[i].clone() for i in range(6)]
+        for i, row in enumerate(rows):
+            row[y[i]] = row[y[i]] + 0.5 * (slopes[i] * (images[i] - x[i])).sum()
+        return torch.stack(rows)
+
+    delta = climbed(s, b, target) - x
+    shares = softmax(t(x + delta), 1).detach()
+    entropy = [-(row * row.log()).sum() for row in shares]
+    weight = torch.stack([4 * (one - min(entropy)) for one in entropy])
+    ours, theirs = (net(x + delta) - net(x - delta) for net in (s, t))
+
+    def each(logits: Tensor, goal: Tensor) -> Tensor:
+        return kl_div(log_softmax(logits, 1), softmax(goal.detach(), 1), reduction="none").sum(1)
+
+    return {
+        "distillation": 0.3 * ((1 - weight / max(weight)) * each(s(x), clean)).mean(),
+        "adversarial": (weight * each(s(x + delta), t(x + delta))).mean(),
+        "difference": 3 * (weight * each(ours, theirs)).mean(),
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -324,6 +354,7 @@ def expected_igdm(s: nn.Module, t: nn.Module, b: Split) -> dict[str, Tensor]:
         (IAD(ATTACK, beta=0.5), expected_iad),
         (AdaAD(ATTACK, 0.2, 0.8), expected_adaad),
         (IGDM(ATTACK, 0.2, 0.8, lambda_igdm=3), expected_igdm),
+        (SAAD(ATTACK, 0.3, lambda_igdm=3, lambda_inner=0.5, lambda_entropy=4), expected_saad),
         (KDIGA_ARD_C(ATTACK, lambda_iga=2), expected_c),
         (KDIGA_ARD_A(ATTACK, lambda_iga=2), expected_a),
         (AT(ATTACK), expected_at),
@@ -441,6 +472,7 @@ def passes_of_the_loss() -> dict[str, tuple[Method, int]]:
         "iad": (IAD(ATTACK), 2),
         "adaad": (AdaAD(ATTACK), 2),
         "igdm": (IGDM(ATTACK), 3),
+        "saad": (SAAD(ATTACK), 3),
         "kdiga_ard_c": (KDIGA_ARD_C(ATTACK), 2),
         "kdiga_ard_a": (KDIGA_ARD_A(ATTACK), 2),
         "igam": (IGAM(), 1),
@@ -648,6 +680,7 @@ def test_presets() -> None:
         (lambda: RSLAD(ATTACK, lambda_clean=-1), "lambda_clean must not be negative"),
         (lambda: IAD(ATTACK, beta=-1), "beta must not be negative"),
         (lambda: IGDM(ATTACK, lambda_igdm=-1), "lambda_igdm must not be negative"),
+        (lambda: SAAD(ATTACK, lambda_inner=-1), "lambda_inner must not be negative"),
         (lambda: TRADES(ATTACK, beta=-1), "beta must not be negative"),
         (lambda: KD(temperature=0), "temperature must be positive, got 0"),
         (lambda: ARD(ATTACK, temperature=-2), "temperature must be positive"),

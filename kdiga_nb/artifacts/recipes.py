@@ -181,7 +181,7 @@ def cell_of(metric: str, runs: Nets, measure: Measure) -> Cell:
     return Cell(metric, tuple(Job(run, measure) for run in dict.fromkeys(runs)))
 
 
-LATER = ("rslad", "iad", "adaad", "igdm")  # rows of the distillations since the paper
+LATER = ("rslad", "iad", "adaad", "igdm", "saad")  # rows of the distillations since the paper
 ISD = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}  # chain -> name that a reader sees
 
 

@@ -41,7 +41,7 @@ from kdiga_nb.audit.measures import COMPARES, Gradients, Preconditions, plan
 from kdiga_nb.audit.verdict import Found
 from kdiga_nb.isd import isd_without_teacher
 from kdiga_nb.measures import ImageBounds, Measure, TestAccuracy, ValidationAccuracy
-from kdiga_nb.methods import ARD, AT, IAD, IGDM, KD, KDIGA, KDIGA_ARD_A, RSLAD, ST, TRADES, AdaAD, Method
+from kdiga_nb.methods import ARD, AT, IAD, IGDM, KD, KDIGA, KDIGA_ARD_A, RSLAD, SAAD, ST, TRADES, AdaAD, Method
 from kdiga_nb.params import (
     NONE,
     AblationParams,
@@ -606,8 +606,8 @@ def isd_search(params: IsdSearchParams) -> Experiment:
 def baselines(params: BaselineParams) -> Experiment:
     """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack, epochs and seeds.
 
-    The later methods keep their authors' weights; IGDM's is ``lambda_igdm``. The other nets are those of Table 1,
-    unless ``baseline_student`` names another student.
+    The later methods keep their authors' weights; IGDM's and SAAD's is ``lambda_igdm``. The other nets are those of
+    Table 1, unless ``baseline_student`` names another student.
     """
     student = params.student if params.baseline_student == NONE else params.baseline_student
     at_student = params.model_copy(update={"student": student})
@@ -617,6 +617,7 @@ def baselines(params: BaselineParams) -> Experiment:
         "iad": IAD(attack),
         "adaad": AdaAD(attack),
         "igdm": IGDM(attack, lambda_igdm=params.lambda_igdm),
+        "saad": SAAD(attack, lambda_igdm=params.lambda_igdm),
     }
     known = table1_runs(at_student)
     chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}

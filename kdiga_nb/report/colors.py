@@ -16,6 +16,7 @@ METHODS = {
     "iad": ("IAD", "#f0c05a"),
     "adaad": ("AdaAD", "#c0141c"),
     "igdm": ("IGDM", "#5c0a0a"),
+    "saad": ("SAAD", "#7a7a00"),
     "igam": ("IGAM", "#ca9161"),
     "pgd": ("PGD adversarial training", "#a6a300"),
     "trades": ("TRADES", "#029e73"),

@@ -19,7 +19,7 @@ from kdiga_nb.report.names import heading
 # Method -> family of rows, in which a table is grouped.
 FAMILIES = {
     "st": "standard training",
-    **dict.fromkeys(("kd", "ard", "rslad", "iad", "adaad", "igdm", "igam"), "distillation"),
+    **dict.fromkeys(("kd", "ard", "rslad", "iad", "adaad", "igdm", "saad", "igam"), "distillation"),
     **dict.fromkeys(("pgd", "trades"), "adversarial training"),
     **dict.fromkeys(("kdiga", "kdiga_ard_c", "kdiga_ard_a"), "KDIGA"),
     **dict.fromkeys(("isd_wot", "isd_wit"), "self-distillation"),
