@@ -378,7 +378,7 @@ def test_reproduced_again_everything_is_cached(reproduced: tuple[Place, subproce
     place, _ = reproduced
     before = (place.figures / "table5.csv").read_bytes()
     plan = place.reproduce("--dry-run").stdout
-    assert "5 trainings: 5 cached, 0 to do" in plan
+    assert "6 trainings: 6 cached, 0 to do" in plan
     done = place.reproduce()
     assert done.returncode == 0, done.stderr
     assert "runs and measurements: 0 made" in done.stdout
