@@ -125,6 +125,14 @@ def _divergent(attack: SignAscent, student: nn.Module, x: Tensor, target: Callab
         return attack.perturb(lambda images: distillation_kl(student(images), target(images)), x)
 
 
+def _difference(
+    student: nn.Module, teacher: nn.Module | None, x: Tensor, x_adv: Tensor, logits: Tensor, target: Tensor
+) -> Tensor:
+    """KL(f_s(x') − f_s(x''), f_t(x') − f_t(x'')), (B,), with x'' = 2x − x'; ``logits`` and ``target`` are at x'."""
+    opposite = 2 * x - x_adv
+    return distillation_kl(logits - student(opposite), target - _logits(teacher, opposite))
+
+
 def _alignment(method: Any, g_student: Tensor, g_teacher: Tensor) -> Terms:
     """λ_IGA·IGA(g_s, g_t)."""
     return {"alignment": method.lambda_iga * gradient_distance(g_student, g_teacher, method.norm)}
@@ -353,8 +361,7 @@ class IGDM(AdaAD):
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
         x_adv = _divergent(self.attack, student, x, _teacher(teacher))
         terms, logits, target = self._at(x_adv, student, teacher, x)
-        opposite = 2 * x - x_adv
-        difference = distillation_kl(logits - student(opposite), target - _logits(teacher, opposite))
+        difference = _difference(student, teacher, x, x_adv, logits, target)
         return terms | {"difference": self.lambda_igdm * difference.mean()}
 
 
@@ -383,9 +390,8 @@ class SAAD(Method):
     def __call__(self, student: nn.Module, teacher: nn.Module | None, x: Tensor, y: Tensor) -> Terms:
         clean, follow = self._followed(_teacher(teacher), x, y)
         x_adv = _divergent(self.attack, student, x, follow)
-        opposite = 2 * x - x_adv
         logits, target = student(x_adv), _logits(teacher, x_adv)
-        difference = distillation_kl(logits - student(opposite), target - _logits(teacher, opposite))
+        difference = _difference(student, teacher, x, x_adv, logits, target)
         log_shares = F.log_softmax(target, dim=1)
         entropy = -(log_shares.exp() * log_shares).sum(1)
         weight = self.lambda_entropy * (entropy - entropy.min())

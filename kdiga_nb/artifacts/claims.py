@@ -23,7 +23,7 @@ import yaml
 
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
-from kdiga_nb.artifacts.studies import weighted_row
+from kdiga_nb.artifacts.studies import nearest_row, weighted_row
 from kdiga_nb.params import ParameterError, Params, did_you_mean
 
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
@@ -300,7 +300,7 @@ def _cells(cell: Sequence[str | list[str]], numbers: Numbers, params: Params) ->
 def _row(name: str, params: Any) -> str:
     kind, _, which = name.partition("@")
     if which == "near":
-        return weighted_row(kind, min(params.grid, key=lambda weight: abs(weight - params.lambda_iga)))
+        return nearest_row(kind, params)
     return weighted_row(kind, params.lambda_isd) if which == "isd" else name
 
 

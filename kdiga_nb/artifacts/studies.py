@@ -445,6 +445,11 @@ def weights_of(params: AlignmentParams, kind: str) -> list[float]:
     return (params.isd_grid or [params.lambda_isd]) if kind == "isd_wot_1" else params.grid
 
 
+def nearest_row(kind: str, params: AlignmentParams) -> str:
+    """The row id of a kind at the weight of the grid that is closest to ``lambda_iga``."""
+    return weighted_row(kind, min(params.grid, key=lambda weight: abs(weight - params.lambda_iga)))
+
+
 # What is trained from each of the study's teachers.
 TAUGHT = ("kd", "kdiga_zero", "kdiga")
 
@@ -467,7 +472,7 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
 
     Every net is measured clean and under PGD, with the mean norm of its input gradient and, where there is a robust
     teacher, the mean cosine to the teacher's gradient. KD, KDIGA and KDIGA with a zero target are also trained from
-    weaker teachers (``teacher_radii``), at the weight of Table 1.
+    weaker teachers (``teacher_radii``), both kinds of KDIGA at ``lambda_iga``.
     """
     gradients = Gradients(params.epsilon, params.gradient_images)
     trades = trades_teacher(params)

@@ -18,6 +18,7 @@ from kdiga_nb.artifacts.studies import (
     Effect,
     combination_row,
     isd_factors,
+    nearest_row,
     taught_row,
     weighted_row,
     weights_of,
@@ -192,8 +193,7 @@ def plot_teachers(table: pd.DataFrame, params: AlignmentParams, robust: str, tit
 
     The last teacher is the study's own, under TRADES; its students are those at the weight closest to ``lambda_iga``.
     """
-    weight = min(params.grid, key=lambda one: abs(one - params.lambda_iga))
-    trades = {kind: weighted_row(kind, weight) for kind in TAUGHT} | {"kd": "kd", "teacher": "trades_teacher"}
+    trades = {kind: nearest_row(kind, params) for kind in TAUGHT} | {"kd": "kd", "teacher": "trades_teacher"}
     kinds = {"teacher": "the teacher", "kd": "KD", "kdiga_zero": WEIGHTED["kdiga_zero"][0], "kdiga": "KDIGA"}
     found = table[table["metric"] == robust].set_index("row")
     figure, axes = one_panel(9.4, 4.4)
