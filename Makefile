@@ -3,6 +3,9 @@
 SCALE ?= digits
 JOBS ?=
 ONLY ?=
+# The studies beyond the paper: published takes their runs from published/, trained trains them too.
+# Empty: published for the digits, trained for the other scales.
+STUDIES ?=
 PYTHON ?= python3
 # Versions that the kit was tested with; make PINS= … takes the newest that pyproject.toml allows.
 PINS ?= constraints.txt
@@ -19,9 +22,12 @@ help: ## List the targets
 
 .PHONY: help reproduce explore page site test bench notebooks publish constraints lab clean
 
-reproduce: $(VENV)/.installed ## Make every figure and table of a scale: SCALE=digits (default), smoke, …; JOBS=processes ONLY="names"
-	jobs="$(JOBS)"; only="$(ONLY)"; \
-		$(BIN)/kdiga reproduce --scale $(SCALE) $${jobs:+--jobs "$$jobs"} $${only:+--only $$only}
+reproduce: $(VENV)/.installed ## Make every figure and table: SCALE=digits STUDIES=published|trained JOBS=processes ONLY="names"
+	jobs="$(JOBS)"; only="$(ONLY)"; studies="$(STUDIES)"; \
+		if [ "$$studies" = trained ]; then $(BIN)/kdiga store drop $(SCALE); fi; \
+		if [ -z "$$studies" ] && [ $(SCALE) = digits ]; then studies=published; fi; \
+		$(BIN)/kdiga reproduce --scale $(SCALE) $${studies:+--studies "$$studies"} $${jobs:+--jobs "$$jobs"} \
+			$${only:+--only $$only}
 
 explore: $(VENV)/.installed ## Open the explorer in JupyterLab, on the published nets until you have your own
 	$(BIN)/kdiga explore
@@ -29,15 +35,16 @@ explore: $(VENV)/.installed ## Open the explorer in JupyterLab, on the published
 page: $(VENV)/.installed-page ## Serve the explorer as a page, without code (installs Voilà)
 	$(BIN)/kdiga explore --page
 
-# The notebooks are checked last. Their runs come from runs/, the store of `make reproduce`; what the store lacks is
-# trained first, in parallel. pytest names every test that it skipped, with the reason (-ra in pyproject.toml). pytest's
-# filters turn warnings into errors, which suits the unit tests but not the libraries that run notebooks.
+# The notebooks are checked last. Their runs come from runs/, the store of `make reproduce`. What the store lacks is made
+# first, in parallel; the studies' runs are the published ones. pytest names every test that it skipped, with the reason
+# (-ra in pyproject.toml). pytest's filters turn warnings into errors, which suits the unit tests but not the libraries
+# that run notebooks.
 test: $(VENV)/.installed-test ## Lint, type-check and test the package, then run the notebooks and compare what they claim
 	$(BIN)/ruff check $(LINTED)
 	$(BIN)/ruff format --check $(LINTED)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2
-	jobs="$(JOBS)"; $(ASIDE) $(BIN)/kdiga reproduce --scale digits --no-notebooks --jobs "$${jobs:-2}"
+	jobs="$(JOBS)"; $(ASIDE) $(BIN)/kdiga reproduce --scale digits --studies published --no-notebooks --jobs "$${jobs:-2}"
 	$(ASIDE) $(BIN)/python -m pytest -n 2 --dist loadfile -W default \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 

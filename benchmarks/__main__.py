@@ -39,7 +39,8 @@ BENCHMARKS = {
     "explorer": ["explorer.py"],
     "start": ["start.py"],
     "reproduce_smoke": ["reproduce.py", "--scale", "smoke"],
-    "reproduce": ["reproduce.py"],
+    "reproduce": ["reproduce.py", "--studies", "published"],
+    "reproduce_studies": ["reproduce.py"],
 }
 
 

@@ -1,11 +1,11 @@
 """Seconds and memory of ``kdiga reproduce`` with an empty run store, and again with a complete one.
 
-    python benchmarks/reproduce.py [--scale digits] [--jobs 2]
+    python benchmarks/reproduce.py [--scale digits] [--jobs 2] [--studies published]
     python benchmarks/reproduce.py --store FOLDER    only the seconds by kind, of the runs in that folder
 
 Each reproduction runs in its own process, with the run store and the figures in a temporary folder. Memory is the sum
 of the proportional set sizes (PSS, Linux) of all processes, sampled once per second. ``by_kind`` adds up what the
-store's records say of each training and measurement, in seconds of one process.
+store's records say of each training and measurement made here, in seconds of one process.
 """
 
 import argparse
@@ -42,10 +42,10 @@ def shares(parent: int) -> float:
     return total / 1024
 
 
-def once(scale: str, jobs: int, home: Path) -> dict[str, Any]:
+def once(options: list[str], home: Path) -> dict[str, Any]:
     """Seconds, peak memory and closing lines of one reproduction."""
     env = os.environ | {"KDIGA_RUNS": str(home / "runs"), "KDIGA_FIGURES": str(home / "figures")}
-    command = [sys.executable, "-m", "kdiga_nb.cli", "reproduce", "--scale", scale, "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "kdiga_nb.cli", "reproduce", *options]
     started = time.perf_counter()
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         peak = 0.0
@@ -64,7 +64,10 @@ def by_kind(store: Path) -> dict[str, dict[str, float]]:
     for home in sorted(store.iterdir()):
         if not (home / "run.json").exists():
             continue
-        found.setdefault("training", []).append(json.loads((home / "run.json").read_text())["seconds"])
+        record = json.loads((home / "run.json").read_text())
+        if "published" in record:
+            continue
+        found.setdefault("training", []).append(record["seconds"])
         measures = home / "measures.json"
         for name, result in (json.loads(measures.read_text()) if measures.exists() else {}).items():
             # The name is the measure as JSON, perhaps followed by the net that the run was compared with.
@@ -81,15 +84,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="digits")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--studies", default="trained", help="trained or published")
     parser.add_argument("--store", type=Path, help="add up the seconds in this run store, and reproduce nothing")
     arguments = parser.parse_args()
     if arguments.store:
         print(json.dumps({"by_kind": by_kind(arguments.store), "machine": machine()}, indent=1))
         return
     with tempfile.TemporaryDirectory() as home:
-        result = {"machine": machine(), "scale": arguments.scale, "jobs": arguments.jobs}
+        result = {"machine": machine()} | {name: getattr(arguments, name) for name in ("scale", "jobs", "studies")}
+        options = [f"--scale={arguments.scale}", f"--jobs={arguments.jobs}", f"--studies={arguments.studies}"]
         for kind in ("cold", "cached"):
-            result[kind] = once(arguments.scale, arguments.jobs, Path(home))
+            result[kind] = once(options, Path(home))
         result["by_kind"] = by_kind(Path(home) / "runs")
     print(json.dumps(result, indent=1))
 

@@ -63,6 +63,10 @@ def _one_of(option: str, value: str, names: Sequence[str]) -> str:
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="Root of the data sets and published weights (KDIGA_DATA).")
 ]
+TRAINED = "trained"
+StudiesOption = Annotated[
+    str, typer.Option(help="Studies beyond the paper: `trained` here, or on the runs that are `published`.")
+]
 ExecutorOption = Annotated[
     str | None, typer.Option("--executor", help="Send the jobs to a Dask cluster: dask://ADDRESS of its scheduler.")
 ]
@@ -131,11 +135,12 @@ def reproduce(
         bool, typer.Option("--training/--no-training", help="Train and measure what the store lacks, or leave it out.")
     ] = True,
     notebooks: Annotated[bool, typer.Option(help="Run the notebooks, or only fill the run store.")] = True,
+    studies: StudiesOption = TRAINED,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the scale's file.")] = None,
 ) -> None:
     """Train and measure what is missing, run every notebook through papermill, leave figures/SCALE/*."""
-    from kdiga_nb.notebooks import ARTEFACTS, load, run_notebooks
-    from kdiga_nb.params import ParameterError, scales
+    from kdiga_nb.notebooks import ARTEFACTS, run_notebooks
+    from kdiga_nb.params import scales
     from kdiga_nb.runs import StoreError
     from kdiga_nb.runs.graph import NO_TRAINING, default_workers
     from kdiga_nb.runs.store import check_writable
@@ -146,25 +151,19 @@ def reproduce(
     if more and not only:
         raise _fail(f"unexpected argument {more[0]!r}; artefacts are named with --only")
     names = [_one_of("--only", name, ARTEFACTS) for name in [*(only or ARTEFACTS), *(more or [])]]
-    try:
-        overrides = _overrides(set_, names)
-        experiments = {name: load(scale, name, overrides) for name in names}
-    except ParameterError as error:
-        raise _fail(str(error)) from None
-    except ValueError as error:  # two values that are fine alone and impossible together
-        raise _fail(f"params/{scale}.yaml: {error}") from None
-    todo = list(dict.fromkeys(job for one in experiments.values() if one for job in one.jobs()))
+    overrides, experiments = _experiments(scale, names, set_)
+    first = _before_the_pull(scale, experiments, studies)
     if dry_run:
-        _print_plan(experiments, todo)
+        _print_plan(experiments if first is None else first)
         return
     if training:
-        _check_sources(todo)
+        _check_sources(_jobs(experiments))
     else:
         os.environ[NO_TRAINING] = "1"
-        empty = [name for name, one in experiments.items() if not _has_results(one)]
-        for name in empty:
-            typer.echo(f"{name}: left out, the store has none of its results")
-            del experiments[name]
+        if first is not None:
+            store_pull(scale)
+            first = None
+        _leave_out_what_has_no_results(experiments)
     try:
         check_writable(paths.runs())
         check_writable(paths.executed(scale))
@@ -172,11 +171,22 @@ def reproduce(
         raise _fail(str(error), 1) from None
     workers = jobs or default_workers(_device(experiments))
     with ExitStack() as stack:
-        outcome = _train_and_measure(todo, workers, experiments, _executor(executor, stack))
+        cluster = _executor(executor, stack)
+        outcome = _train_and_measure(_jobs(experiments if first is None else first), workers, experiments, cluster)
+        if first is not None and outcome.failed:
+            experiments = first  # what failed here must not be taken from the published runs
+        elif first is not None:
+            outcome = _continue_on_published_runs(scale, outcome, workers, experiments, cluster)
     summary = run_notebooks(scale, experiments, overrides, workers, again) if notebooks else None
     _print_summary(outcome, summary, scale, experiments, time.perf_counter() - started)
     if outcome.failed or (summary and summary.failed):
         raise typer.Exit(1)
+
+
+def _leave_out_what_has_no_results(experiments: dict[str, Experiment | None]) -> None:
+    for name in [name for name, one in experiments.items() if not _has_results(one)]:
+        typer.echo(f"{name}: left out, the store has none of its results")
+        del experiments[name]
 
 
 def _has_results(experiment: Experiment | None) -> bool:
@@ -184,7 +194,54 @@ def _has_results(experiment: Experiment | None) -> bool:
     return experiment is not None and any(job.measure is not None and job.is_done() for job in experiment.jobs())
 
 
-def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> None:
+def _experiments(
+    scale: str, names: list[str], set_: list[str] | None
+) -> tuple[dict[str, Any], dict[str, Experiment | None]]:
+    """The ``--set`` options as a dictionary, and the artefacts with these settings."""
+    from kdiga_nb.notebooks import load
+    from kdiga_nb.params import ParameterError
+
+    try:
+        overrides = _overrides(set_, names)
+        return overrides, {name: load(scale, name, overrides) for name in names}
+    except ParameterError as error:
+        raise _fail(str(error)) from None
+    except ValueError as error:  # two values that are fine alone and impossible together
+        raise _fail(f"params/{scale}.yaml: {error}") from None
+
+
+def _jobs(experiments: dict[str, Experiment | None]) -> list[Job]:
+    return list(dict.fromkeys(job for one in experiments.values() if one for job in one.jobs()))
+
+
+def _before_the_pull(
+    scale: str, experiments: dict[str, Experiment | None], studies: str
+) -> dict[str, Experiment | None] | None:
+    """What is trained before the published runs come into the store: all but the studies. None: nothing is pulled."""
+    from kdiga_nb.artifacts import STUDIES
+    from kdiga_nb.runs import StoreError, shipped
+
+    if _one_of("--studies", studies, (TRAINED, "published")) == TRAINED or not STUDIES.keys() & experiments:
+        return None
+    try:
+        shipped.manifest(scale)
+    except StoreError as error:
+        raise _fail(f"--studies published: {error}") from None
+    return {name: one for name, one in experiments.items() if name not in STUDIES}
+
+
+def _continue_on_published_runs(
+    scale: str, outcome: Outcome, workers: int, experiments: dict[str, Experiment | None], executor: Executor | None
+) -> Outcome:
+    """Pull the published runs, then measure the studies on your own nets and train what is not published."""
+    from dataclasses import replace
+
+    store_pull(scale)
+    later = _train_and_measure(_jobs(experiments), workers, experiments, executor)
+    return replace(later, made=outcome.made + later.made, cached=later.cached - outcome.made)
+
+
+def _print_plan(experiments: dict[str, Experiment | None]) -> None:
     from kdiga_nb.artifacts.costs import ASSUMPTION, costs, disk_bytes
     from kdiga_nb.runs.graph import graph_of, title
     from kdiga_nb.runs.run import run_key
@@ -192,7 +249,7 @@ def _print_plan(experiments: dict[str, Experiment | None], todo: list[Job]) -> N
     for name, experiment in experiments.items():
         rows = len(experiment.rows) if experiment else 0
         typer.echo(f"{name}: {rows} rows")
-    graph = graph_of(todo)
+    graph = graph_of(_jobs(experiments))
     cost = costs(graph)
     for job in graph:
         if job.measure is None:
@@ -686,6 +743,20 @@ def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}"
     except StoreError as error:
         raise _fail(str(error), 1) from None
     typer.echo(f"{len(pulled.copied)} runs copied to {_shown(paths.runs())}, {len(pulled.there)} were there")
+
+
+@store_app.command("drop")
+def store_drop(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
+    """Remove the runs that were pulled from the run store, so that your own are trained in their place."""
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import StoreError, shipped
+
+    _one_of("SCALE", scale, scales())
+    try:
+        dropped = shipped.drop(scale)
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+    typer.echo(f"{len(dropped)} published runs removed from {_shown(paths.runs())}")
 
 
 @store_app.command("verify")

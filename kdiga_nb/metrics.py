@@ -5,6 +5,7 @@ These are plain functions of nets and tensors; ``measures`` turns them into valu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -38,6 +39,7 @@ class Accuracy:
     n: int
 
 
+@cache
 def proportion(correct: int, n: int) -> Accuracy:
     """``correct`` of ``n`` as an ``Accuracy``."""
     from scipy.stats import binomtest

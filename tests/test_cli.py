@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
 from kdiga_nb.cli import app
 from kdiga_nb.data import load_data
-from kdiga_nb.notebooks import ARTEFACTS
+from kdiga_nb.notebooks import ARTEFACTS, load
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
-from kdiga_nb.runs.graph import NO_TRAINING
+from kdiga_nb.runs.graph import NO_TRAINING, graph_of
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import ancestors, run_key
+from kdiga_nb.runs.store import is_published
 
 SMOKE = paths.PARAMS / "smoke.yaml"
 
@@ -89,6 +91,8 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "scale=digits"], "scale: must be smoke"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "device=cuda:99"], "device: .*cuda:99"),
         (["reproduce", "--scale", "smoke", "--only", "table5", "--set", "loops=3"], "loops: unknown key"),
+        (["reproduce", "--studies", "publish"], r"--studies: must be one of .*mean published\?\), got 'publish'"),
+        (["reproduce", "--scale", "smoke", "--studies", "published"], "--studies published: smoke: no runs are publ"),
         (["reproduce", "--scale", "smoke", "--set", "milestones=[7]"], "milestones: must rise"),
         (["reproduce", "--scale", "smoke", "--set", "all_seeds_rows=['kdigo']"], r"all_seeds_rows: .*mean kdiga\?"),
         (["reproduce", "--scale", "smoke", "--set", "lambda_penalty=-1"], "lambda_penalty: .*greater than or equal"),
@@ -159,6 +163,32 @@ def test_without_training_an_empty_store_stays_empty_and_says_so(monkeypatch: py
         assert f"{name}: left out, the store has none of its results" in result.stdout
     assert "notebooks: 0 made, 0 cached, 0 failed" in result.stdout
     assert list(paths.runs().iterdir()) == []
+
+
+def test_studies_may_use_published_runs_and_the_papers_nets_are_trained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "published").mkdir()
+    shutil.copy(paths.ROOT / "published" / "claims.yaml", tmp_path / "published")
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    arguments = ("reproduce", "--scale", "smoke", "--only", "table5", "pareto", "--jobs", "1", "--no-notebooks")
+    assert kdiga(*arguments).exit_code == 0
+    assert kdiga("store", "pack", "smoke").exit_code == 0
+    monkeypatch.setenv("KDIGA_RUNS", str(tmp_path / "another"))
+    broken = kdiga(*arguments, "--studies", "published", "--set", "learning_rate=1e30", "--set", "clip_norm=0")
+    assert broken.exit_code == 1 and "the term cross_entropy is" in broken.stdout
+    assert "copied" not in broken.stdout and not any(entry["state"] == "published" for entry in list_store())
+    done = kdiga(*arguments, "--studies", "published")
+    assert done.exit_code == 0, done.output
+    paper, study = (load("smoke", name, {}) for name in ("table5", "pareto"))
+    assert paper is not None and study is not None
+    trained = {job.run for job in graph_of(paper.jobs())}
+    pulled = {job.run for job in graph_of(study.jobs())} - trained
+    assert pulled and all(map(is_published, pulled)) and not any(map(is_published, trained))
+    assert f"{len(pulled)} of the runs are published ones, not trained here" in done.stdout
+    made = re.search(r"runs and measurements: (\d+) made", done.stdout)
+    every = graph_of([*paper.jobs(), *study.jobs()])
+    assert made and int(made[1]) == len([job for job in every if job.run not in pulled])
 
 
 def test_artefacts_are_named_in_reading_order():

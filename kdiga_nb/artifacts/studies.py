@@ -105,8 +105,8 @@ def audit_jobs(params: AuditParams, net: Source) -> dict[str, Job]:
         "adversarially_trained": runs["pgd_student"][1][0],  # has the student's architecture
     }
     jobs |= {f"transfer_from_{name}": Job(net, transfer, run) for name, run in sources.items() if run != net}
-    if params.autoattack_images:
-        jobs["autoattack"] = Job(net, TestAccuracy(AutoAttack(params.epsilon), params.autoattack_images))
+    if params.autoattack_images:  # on the audit's own images: the verdict compares it with PGD on the same ones
+        jobs["autoattack"] = Job(net, TestAccuracy(AutoAttack(params.epsilon), params.audit_images))
     return jobs
 
 

@@ -24,7 +24,8 @@ class Verification:
     """What ``verify`` found.
 
     Attributes:
-        values: the frame of ``published.compare``.
+        values: the frame of ``published.compare``, without ``taken``.
+        taken: the same of the rows whose runs are all published ones: what is compared there is the publication.
         claims: the ledger's claims on the artefacts, judged.
         faults: damaged runs and measurements that contradict themselves, one line each.
         published: how many of the runs came from ``kdiga store pull``.
@@ -32,9 +33,15 @@ class Verification:
 
     scale: str
     values: pd.DataFrame
+    taken: pd.DataFrame
     claims: list[Line]
     faults: list[str]
     published: int
+
+    @property
+    def compared(self) -> list[Any]:
+        """Every compared value as a dictionary, those of ``taken`` last."""
+        return [*self.values.to_dict("records"), *self.taken.to_dict("records")]
 
     @property
     def measured(self) -> list[Line]:
@@ -44,7 +51,7 @@ class Verification:
     @property
     def problems(self) -> list[str]:
         """Why the results are not those that the kit publishes, one line each; chance is no problem."""
-        differing = self.values[self.values["outcome"] == published.DIFFERS].to_dict("records")
+        differing = [entry for entry in self.compared if entry["outcome"] == published.DIFFERS]
         broken = [line.judged for line in self.claims if unexpected(line, self.scale)]
         return [
             *self.faults,
@@ -55,26 +62,29 @@ class Verification:
     @property
     def reproduced(self) -> bool:
         """Whether something was measured and nothing of it is a problem."""
-        return bool(self.measured or len(self.values)) and not self.problems
+        return bool(self.measured or self.compared) and not self.problems
 
     def summary(self, listed: int = LISTED) -> str:
         """The counts in two lines, and the first few problems; one line if nothing was measured."""
-        if not self.measured and self.values.empty and not self.faults:
+        if not self.measured and not self.compared and not self.faults:
             return f"verify {self.scale}: nothing is measured yet"
-        count = self.values["outcome"].value_counts()
-        inside, chance, differ, untested = (int(count.get(name, 0)) for name in OUTCOMES)
+        inside, chance, differ, untested = (int((self.values["outcome"] == name).sum()) for name in OUTCOMES)
         verdicts = [line.judged.verdict for line in self.claims]
         lines = [
             f"verify {self.scale}: {inside} of {len(self.values)} values agree with the published ones, {chance} are "
             f"outside their interval by chance, {differ} differ, {untested} cannot be tested"
             if len(self.values)
-            else f"verify {self.scale}: no published values to compare with",
+            else f"verify {self.scale}: no values of your own to compare with the published ones",
             f"claims: {verdicts.count(HOLDS)} hold, {verdicts.count(FAILS)} do not hold, "
             f"{verdicts.count(UNMEASURED)} not measured; "
             f"{sum(unexpected(line, self.scale) for line in self.claims)} not as published",
         ]
         if self.published:
-            lines.append(f"{self.published} of the runs are published ones, not trained here")
+            again = int((self.taken["outcome"] == published.AGREES).sum())
+            lines.append(
+                f"{self.published} of the runs are published ones, not trained here; {again} of {len(self.taken)} "
+                "values that rest on them alone are in the published tables"
+            )
         lines += [f"  {problem}" for problem in self.problems[:listed]]
         if len(self.problems) > listed:
             lines.append(f"  and {len(self.problems) - listed} more: kdiga verify --scale {self.scale} lists them")
@@ -84,7 +94,7 @@ class Verification:
         """The summary with every problem, the values outside by chance, and the claims that have a verdict."""
         others = [
             f"  {entry['outcome']}: {_described(entry)}"
-            for entry in self.values.to_dict("records")
+            for entry in self.compared
             if entry["outcome"] in (published.CHANCE, published.UNTESTED)
         ]
         claims = [str(Verdicts(self.measured))] if self.measured else []
@@ -92,7 +102,7 @@ class Verification:
 
     def markdown(self) -> str:
         """The same as a page, for a paper's appendix or an issue."""
-        outside = self.values[self.values["outcome"] != published.AGREES].to_dict("records")
+        outside = [entry for entry in self.compared if entry["outcome"] != published.AGREES]
         table = [
             "| artefact | row | metric | own | published | p | outcome |",
             "| --- | --- | --- | --- | --- | --- | --- |",
@@ -121,9 +131,11 @@ class Verification:
             }
             for line in self.claims
         ]
-        values = self.values.astype(object).where(self.values.notna(), None).to_dict("records")
+        values, taken = (
+            part.astype(object).where(part.notna(), None).to_dict("records") for part in (self.values, self.taken)
+        )
         shared = {"scale": self.scale, "reproduced": self.reproduced, "problems": self.problems}
-        return shared | {"published_runs": self.published, "claims": claims, "values": values}
+        return shared | {"published_runs": self.published, "claims": claims, "values": values, "taken": taken}
 
 
 OUTCOMES = (published.AGREES, published.CHANCE, published.DIFFERS, published.UNTESTED)
@@ -147,7 +159,7 @@ def verify(scale: str, experiments: Mapping[str, Experiment | None], *, own: boo
         found = {name: path for name in known if (path := paths.published(scale) / f"{name}.csv").exists()}
         tables = {name: (known[name], pd.read_csv(path)) for name, path in found.items()}
         claims = [line for one, table in tables.values() for line in judge_all(one, table, paired=False)]
-        return Verification(scale, published.compare(scale, tables), claims, [], 0)
+        return Verification(scale, published.compare(scale, tables), published.compare(scale, {}), claims, [], 0)
     tables = {name: (one, with_audit(frame(one), one)) for name, one in known.items()}
     claims = [line for one, table in tables.values() for line in judge_all(one, table)]
     graph = graph_of(job for one in known.values() for job in one.jobs())
@@ -158,7 +170,17 @@ def verify(scale: str, experiments: Mapping[str, Experiment | None], *, own: boo
         if (reason := damage(run)) and not (is_published(run) and "not among" in reason)
     ]
     faults += dict.fromkeys(fault for job in graph if (fault := _contradiction(job)))
-    return Verification(scale, published.compare(scale, tables), claims, faults, sum(map(is_published, runs)))
+    values, taken = (
+        published.compare(scale, {name: (one, _rows(one, table, pulled)) for name, (one, table) in tables.items()})
+        for pulled in (False, True)
+    )
+    return Verification(scale, values, taken, claims, faults, sum(map(is_published, runs)))
+
+
+def _rows(experiment: Experiment, table: pd.DataFrame, pulled: bool) -> pd.DataFrame:
+    """The rows of a table whose runs are all published ones, or all other rows."""
+    names = [row.id for row in experiment.rows if row.runs and all(map(is_published, row.runs))]
+    return table[table["row"].isin(names) == pulled]
 
 
 def _contradiction(job: Job) -> str | None:

@@ -96,6 +96,34 @@ def pull(scale: str) -> Pulled:
     return pulled
 
 
+def drop(scale: str) -> list[str]:
+    """Remove from the store the runs that ``pull`` copied, with what was measured on them since; returns their keys.
+
+    Raises:
+        StoreError: a folder of the store cannot be removed.
+    """
+    dropped = []
+    for home in sorted(record.parent for record in paths.runs().glob("*/run.json")):
+        if _pulled_from(home) != scale:
+            continue
+        partial = home.with_name(f"{home.name}.partial")  # which the next pull removes if this one is cut short
+        try:
+            home.rename(partial)
+            shutil.rmtree(partial)
+        except OSError as error:
+            raise StoreError(f"{home} cannot be removed: {error.strerror or error}") from error
+        dropped.append(home.name)
+    return dropped
+
+
+def _pulled_from(home: Path) -> str | None:
+    """The scale that a run of the store was pulled from; None for one that was trained here, or is damaged."""
+    try:
+        return json.loads((home / "run.json").read_text()).get("published")
+    except ValueError:
+        return None
+
+
 def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: str = "unknown") -> list[str]:
     """Publish the finished ones of ``runs``, with the weights for those of ``with_weights``; returns their keys.
 

@@ -76,6 +76,22 @@ def test_a_value_outside_its_interval_is_chance_unless_the_test_rejects(table: P
     assert f"  differs: table5, kdiga_fgsm, clean: {own:g}, published 99 [98, 99.5], p = " in result.stdout
 
 
+def test_values_of_published_runs_alone_are_counted_apart(table: Path) -> None:
+    row = EXPERIMENT.row("kdiga_fgsm")
+    for run in row.runs:
+        record = json.loads((folder(run) / "run.json").read_text())
+        (folder(run) / "run.json").write_text(json.dumps(record | {"published": "smoke"}))
+    apart = sum(pd.read_csv(table)["row"].eq(row.id) & pd.read_csv(table)["n"].gt(0))
+    first, _, taken, *_ = kdiga_verify().stdout.splitlines()
+    assert first.startswith(f"verify smoke: {15 - apart} of {15 - apart} values agree") and 0 < apart < 15
+    runs = f"{len(row.runs)} of the runs are published ones, not trained here"
+    assert taken == f"{runs}; {apart} of {apart} values that rest on them alone are in the published tables"
+    change(table, "clean", value=99.0, low=98.0, high=99.5, n=1000)
+    result = kdiga_verify()
+    assert result.exit_code == 1 and f"{apart - 1} of {apart} values that rest on them" in result.stdout
+    assert "  differs: table5, kdiga_fgsm, clean: " in result.stdout
+
+
 def test_a_tampered_measure_and_a_damaged_net_are_both_named(table: Path) -> None:
     path = folder(FIRST) / "measures.json"
     measures = json.loads(path.read_text())

@@ -20,7 +20,15 @@ from kdiga_nb.runs import StoreError, shipped
 from kdiga_nb.runs.graph import Job, run_all
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import Run, folder, run_key
-from kdiga_nb.runs.store import damage, halve_weights, is_finished, load_or_train, measure, measured
+from kdiga_nb.runs.store import (
+    damage,
+    halve_weights,
+    is_finished,
+    is_published,
+    load_or_train,
+    measure,
+    measured,
+)
 from kdiga_nb.training import Schedule
 
 NET = Run("digits", "digits_small", ST(), Schedule(1, learning_rate=0.05), seed=1)
@@ -95,6 +103,19 @@ def test_what_the_store_has_is_left_as_it_is(published: Path) -> None:
     assert (pulled.copied, pulled.there) == ([run_key(BARE)], [run_key(NET)])
     assert [path.name for path in folder(NET).iterdir()] == ["mine.txt"]
     assert shipped.pull("smoke").copied == []
+
+
+def test_what_was_pulled_is_dropped_and_nothing_else(published: Path) -> None:
+    load_or_train(NET, device="cpu")
+    shipped.pull("smoke")
+    broken = paths.runs() / "0123456789abcdef"
+    broken.mkdir()
+    (broken / "run.json").write_text("{")
+    result = CliRunner().invoke(app, ["store", "drop", "smoke"])
+    assert result.output.startswith("1 published runs removed") and shipped.drop("smoke") == []
+    assert not folder(BARE).exists() and damage(NET) is None and broken.is_dir()
+    load_or_train(BARE, device="cpu")
+    assert is_finished(BARE) and not is_published(BARE) and shipped.drop("digits") == []
 
 
 def test_a_damaged_publication_is_named_and_nothing_is_copied(published: Path) -> None:
