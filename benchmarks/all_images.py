@@ -2,7 +2,7 @@
 
     python benchmarks/all_images.py [--images 500]
 
-``make reproduce`` measures AutoAttack on 200 images. This takes the same nets from the run store (those that the store
+``make reproduce`` measures AutoAttack on 100 images. This takes the same nets from the run store (those that the store
 lacks are trained) and measures AutoAttack on all 500. A difference is that of ``report.compare``: a paired bootstrap
 over seeds and images.
 """

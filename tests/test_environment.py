@@ -528,8 +528,8 @@ def test_what_the_last_members_of_autoattack_find_is_quoted_as_published() -> No
         nets.append(found)
     images, left, fab, square = counts
     sentences = [
-        f"{nets[0]} published measurements of digits nets and {nets[1]} of CIFAR-10 nets, {left:,} of {images:,} images "
-        f"are still right after APGD-T; FAB-T then changes {fab} verdicts, Square {square}"
+        f"{nets[0]} published measurements of digits nets and {nets[1]} of CIFAR-10 nets, {left:,} of {images:,} "
+        f"images are still right after APGD-T; FAB-T then changes {fab} verdicts, Square {square}"
     ]
     assert_sentences(sentences, ROOT / "docs" / "speed.md")
 

@@ -470,19 +470,21 @@ def _weaker_teacher(params: AlignmentParams, radius: float) -> tuple[str, PerSee
 def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     """KDIGA beside its controls over a grid of weights: is the gain the teacher's gradient, or a small gradient?
 
-    Every net is measured clean and under PGD, with the mean norm of its input gradient and, where there is a robust
-    teacher, the mean cosine to the teacher's gradient. KD, KDIGA and KDIGA with a zero target are also trained from
+    Every net is measured clean, under PGD and under AutoAttack, the grid and the students of further teachers on every
+    seed. Beside it stand the mean norm of its input gradient and, where there is a robust teacher, the mean cosine to
+    the teacher's gradient. KD, KDIGA and KDIGA with a zero target are also trained from
     weaker teachers (``teacher_radii``), both kinds of KDIGA at ``lambda_iga``.
     """
     gradients = Gradients(params.epsilon, params.gradient_images)
     trades = trades_teacher(params)
 
     def row(name: str, label: str, runs: Nets, compare: bool, teachers: Nets = trades) -> Row:
-        cells = [_with_mask(cell) for cell in accuracy_cells(params, runs, autoattack=False)]
+        cells = [_with_mask(cell) for cell in accuracy_cells(params if name in fixed else every_seed, runs, row=name)]
         if compare:
             cells += [_compared(key, runs, gradients, teachers, key) for key in ("norm", "cosine")]
         return Row(name, label, trained_runs(runs), tuple(cells))
 
+    every_seed = params.model_copy(update={"autoattack_seeds": len(params.seeds)})
     fixed = table1_runs(params)
     compared = ("kd", "isd_wot_1_zero")
     rows = [row(name, *fixed[name], name in compared) for name in ("st", "kd", "trades_teacher", "isd_wot_1_zero")]

@@ -91,9 +91,18 @@ def test_only_the_controls_of_isd_are_trained_anew(scale: str) -> None:
 @each_scale
 def test_autoattack_of_table_1_is_not_run_again(scale: str) -> None:
     known = {job for job in study(scale, "table1").jobs() if job.measure is not None}
-    for name in ("robustness_audit", "isd_autoattack"):
-        jobs = [job for row in study(scale, name).rows for c in row.cells if c.metric == "autoattack" for job in c.jobs]
-        assert jobs and set(jobs) <= known
+    rows = study(scale, "isd_autoattack").rows
+    jobs = [job for row in rows for cell in row.cells if cell.metric == "autoattack" for job in cell.jobs]
+    assert jobs and set(jobs) <= known
+
+
+@each_scale
+def test_the_audit_compares_attacks_on_the_same_images(scale: str) -> None:
+    found = study(scale, "robustness_audit")
+    for row in found.rows:
+        jobs = audit_jobs(found.params, row.runs[0])  # pyright: ignore[reportArgumentType]
+        images = {name: getattr(jobs[name].measure, "images", None) for name in ("clean", "pgd", "autoattack")}
+        assert set(images.values()) == {found.params.audit_images}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_an_audit_covers_the_plan_transfers_and_autoattack() -> None:
