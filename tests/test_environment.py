@@ -259,6 +259,10 @@ def test_the_table_of_the_search_is_the_committed_result() -> None:
     labels = [table.loc[table["row"] == row, "label"].iloc[0] for row in rows]
     expected = [[label, *(str(shown.loc[label, f"{m}, ours"]) for m in ("clean", "pgd20", "apgd"))] for label in labels]
     assert_table("docs/results.md", "| setting of one loop | clean |", expected)
+    later = table[table["row"].str.fullmatch(r"combination_\d\d_loop_\d") & (table["metric"] == "apgd")]
+    labels = later.loc[later["value"].notna(), "label"]
+    expected = [[label, *(str(shown.loc[label, f"{m}, ours"]) for m in ("clean", "pgd20", "apgd"))] for label in labels]
+    assert_table("docs/results.md", "| a later loop | clean |", expected)
 
 
 def test_the_table_of_the_weights_is_the_committed_result() -> None:

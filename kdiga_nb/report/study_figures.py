@@ -261,9 +261,10 @@ def plot_search(experiment: Experiment, table: pd.DataFrame, title: str) -> Figu
         axes.scatter(*points(rows), s=42, facecolors=face, edgecolors=color, label=label, zorder=3)
     for index, number in enumerate(params.finalists):
         rows = [combination_row(number, loop) for loop in range(1, params.loops + 1)]
-        if len(points(rows)[0]) > 1:
+        drawn = len(points(rows)[0])
+        if drawn > 1:
             style = ("-", "--", ":")[index % 3]
-            draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {params.loops} loops")
+            draw(rows, style, color=color, linewidth=1.2, label=f"setting {number}, {drawn} loops")
     sweep = [weighted_row("isd_wot_1", weight) for weight in params.weights]
     draw(sweep, "v-", color="#4b0082", markersize=5, linewidth=1, zorder=4, label="one loop over λ (numbers)")
     at = {
