@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kdiga_nb.notebooks import Summary
     from kdiga_nb.runs import Checkpoint
     from kdiga_nb.runs.graph import Job, Outcome
+
+T = TypeVar("T")
 
 app = typer.Typer(
     add_completion=False,
@@ -731,49 +733,43 @@ app.add_typer(store_app, name="store")
 PUBLISHED = "digits, cifar10_cpu, …"
 
 
+def _for_scale(work: Callable[[str], T], scale: str) -> T:
+    """The result of the work on a scale's published runs; an unknown scale or a fault of the store ends the command."""
+    from kdiga_nb.params import scales
+    from kdiga_nb.runs import StoreError
+
+    try:
+        return work(_one_of("SCALE", scale, scales()))
+    except StoreError as error:
+        raise _fail(str(error), 1) from None
+
+
 @store_app.command("pull")
 def store_pull(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
     """Copy a scale's published runs into the run store; what is there stays."""
-    from kdiga_nb.params import scales
-    from kdiga_nb.runs import StoreError, shipped
+    from kdiga_nb.runs import shipped
 
-    _one_of("SCALE", scale, scales())
-    try:
-        pulled = shipped.pull(scale)
-    except StoreError as error:
-        raise _fail(str(error), 1) from None
+    pulled = _for_scale(shipped.pull, scale)
     typer.echo(f"{len(pulled.copied)} runs copied to {_shown(paths.runs())}, {len(pulled.there)} were there")
 
 
 @store_app.command("drop")
 def store_drop(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
     """Remove the runs that were pulled from the run store, so that your own are trained in their place."""
-    from kdiga_nb.params import scales
-    from kdiga_nb.runs import StoreError, shipped
+    from kdiga_nb.runs import shipped
 
-    _one_of("SCALE", scale, scales())
-    try:
-        dropped = shipped.drop(scale)
-    except StoreError as error:
-        raise _fail(str(error), 1) from None
+    dropped = _for_scale(shipped.drop, scale)
     typer.echo(f"{len(dropped)} published runs removed from {_shown(paths.runs())}")
 
 
 @store_app.command("verify")
 def store_verify(scale: Annotated[str, typer.Argument(help=f"A scale: {PUBLISHED}")] = "digits") -> None:
     """Check the sha256 of every published file of a scale."""
-    from kdiga_nb.params import scales
-    from kdiga_nb.runs import StoreError, shipped
+    from kdiga_nb.runs import shipped
 
-    _one_of("SCALE", scale, scales())
-    try:
-        lines = shipped.faults(scale)
-        number = len(shipped.manifest(scale)["files"])
-    except StoreError as error:
-        raise _fail(str(error), 1) from None
-    if lines:
+    if lines := _for_scale(shipped.faults, scale):
         raise _fail("\n".join(f"{scale}: {line}" for line in lines), 1)
-    typer.echo(f"{number} files, all as in the manifest")
+    typer.echo(f"{len(shipped.manifest(scale)['files'])} files, all as in the manifest")
 
 
 @store_app.command("pack")

@@ -16,7 +16,7 @@ from typing import Any
 from kdiga_nb import paths
 from kdiga_nb.runs.checkpoints import StoreError, digest_of
 from kdiga_nb.runs.run import Run, folder, run_key
-from kdiga_nb.runs.store import check_writable, environment, halve_weights, is_finished, write_json
+from kdiga_nb.runs.store import check_writable, environment, halve_weights, is_finished, pulled_from, write_json
 
 RECORDS = ("run.json", "history.csv", "measures.json")
 WEIGHTS = "model.safetensors"
@@ -104,7 +104,7 @@ def drop(scale: str) -> list[str]:
     """
     dropped = []
     for home in sorted(record.parent for record in paths.runs().glob("*/run.json")):
-        if _pulled_from(home) != scale:
+        if pulled_from(home) != scale:
             continue
         partial = home.with_name(f"{home.name}.partial")  # which the next pull removes if this one is cut short
         try:
@@ -114,14 +114,6 @@ def drop(scale: str) -> list[str]:
             raise StoreError(f"{home} cannot be removed: {error.strerror or error}") from error
         dropped.append(home.name)
     return dropped
-
-
-def _pulled_from(home: Path) -> str | None:
-    """The scale that a run of the store was pulled from; None for one that was trained here, or is damaged."""
-    try:
-        return json.loads((home / "run.json").read_text()).get("published")
-    except ValueError:
-        return None
 
 
 def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: str = "unknown") -> list[str]:

@@ -54,10 +54,15 @@ def is_finished(run: Source) -> bool:
 
 def is_published(run: Source) -> bool:
     """Whether the store's result came from ``kdiga store pull`` and was not trained here."""
+    return pulled_from(folder(run)) is not None
+
+
+def pulled_from(home: Path) -> str | None:
+    """The scale that a folder of the store was pulled from; None if it was trained here or has no readable record."""
     try:
-        return "published" in json.loads((folder(run) / "run.json").read_text())
+        return json.loads((home / "run.json").read_text()).get("published")
     except (OSError, ValueError):
-        return False
+        return None
 
 
 def load_or_train(
