@@ -187,12 +187,19 @@ def reproduce(
 
 def _leave_out_what_has_no_results(experiments: dict[str, Experiment | None]) -> None:
     for name in [name for name, one in experiments.items() if not _has_results(one)]:
-        typer.echo(f"{name}: left out, the store has none of its results")
+        typer.echo(f"{name}: left out, the store lacks its results")
         del experiments[name]
 
 
 def _has_results(experiment: Experiment | None) -> bool:
-    """Whether the store has a measurement of the experiment. The walkthrough has no experiment: it trains itself."""
+    """Whether the store has a measurement of the experiment, of an audit all of a net.
+
+    The walkthrough has no experiment: it trains itself.
+    """
+    from kdiga_nb.params import AuditParams
+
+    if experiment is not None and isinstance(experiment.params, AuditParams):
+        return any(row.is_done() for row in experiment.rows)
     return experiment is not None and any(job.measure is not None and job.is_done() for job in experiment.jobs())
 
 

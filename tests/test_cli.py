@@ -29,7 +29,7 @@ from kdiga_nb.report.numbers import COLUMNS
 from kdiga_nb.runs.graph import NO_TRAINING, graph_of
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import ancestors, run_key
-from kdiga_nb.runs.store import is_published
+from kdiga_nb.runs.store import is_published, measure
 
 SMOKE = paths.PARAMS / "smoke.yaml"
 
@@ -160,9 +160,22 @@ def test_without_training_an_empty_store_stays_empty_and_says_so(monkeypatch: py
     result = kdiga("reproduce", "--scale", "smoke", "--only", "table1", "walkthrough", "--no-training")
     assert result.exit_code == 0
     for name in ("table1", "walkthrough"):
-        assert f"{name}: left out, the store has none of its results" in result.stdout
+        assert f"{name}: left out, the store lacks its results" in result.stdout
     assert "notebooks: 0 made, 0 cached, 0 failed" in result.stdout
     assert list(paths.runs().iterdir()) == []
+
+
+def test_without_training_an_audit_that_has_no_whole_net_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(NO_TRAINING, "")
+    audit = load("smoke", "robustness_audit", {})
+    assert audit is not None
+    (job,) = next(cell.jobs for cell in audit.row("st").cells if cell.metric == "clean")
+    assert job.measure is not None
+    measure(job.run, job.measure, reference=job.reference)
+    assert job.is_done() and not audit.row("st").is_done()
+    result = kdiga("reproduce", "--scale", "smoke", "--only", "robustness_audit", "--no-training")
+    assert result.exit_code == 0
+    assert "robustness_audit: left out, the store lacks its results" in result.stdout
 
 
 def test_studies_may_use_published_runs_and_the_papers_nets_are_trained(

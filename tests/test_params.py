@@ -93,7 +93,7 @@ def test_a_file_says_nothing_twice(scale: str):
 
 
 def about_seeds(scale: str) -> set[str]:
-    """What differs to save time. cifar10_cpu: Table 1 alone has several seeds, for some rows; digits: see its file."""
+    """What differs to save time. cifar10_cpu: of these, Table 1 alone has several seeds; digits: see its file."""
     own = {"cifar10_cpu": {"seeds", "shared_teacher", "all_seeds_rows", "autoattack_seeds"}, "digits": {"seeds"}}
     return own.get(scale, set())
 

@@ -269,8 +269,8 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
     every = params.all_seeds_rows or list(rows)
-    _check_rows("all_seeds_rows", every, list(rows))
-    _check_rows("autoattack_rows", params.autoattack_rows, [*rows, *LATER])
+    for setting, names in (("all_seeds_rows", every), ("autoattack_rows", params.autoattack_rows)):
+        _check_rows(setting, names, [*rows, *LATER])
     return {
         name: (label, tuple(dict.fromkeys(runs if name in every else runs[:1]))) for name, (label, runs) in rows.items()
     }

@@ -611,10 +611,11 @@ def isd_search(params: IsdSearchParams) -> Experiment:
 
 
 def baselines(params: BaselineParams) -> Experiment:
-    """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack, epochs and seeds.
+    """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack and epochs.
 
-    The later methods keep their authors' weights; IGDM's and SAAD's is ``lambda_igdm``. The other nets are those of
-    Table 1, unless ``baseline_student`` names another student.
+    Each row has every seed, or the first if ``all_seeds_rows`` leaves it out. The later methods keep their authors'
+    weights; IGDM's and SAAD's is ``lambda_igdm``. The other nets are those of Table 1, unless ``baseline_student``
+    names another student.
     """
     student = params.student if params.baseline_student == NONE else params.baseline_student
     at_student = params.model_copy(update={"student": student})
@@ -630,7 +631,8 @@ def baselines(params: BaselineParams) -> Experiment:
     chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}
     for name, method in later.items():
         runs = runs_per_seed(at_student, method, teacher=teacher)
-        chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", runs)
+        every = not params.all_seeds_rows or name in params.all_seeds_rows
+        chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", runs if every else runs[:1])
     for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
         chosen[name] = known[name]
     chosen |= {name: one for name, one in known.items() if isd_chain(name) == "isd_wot"}

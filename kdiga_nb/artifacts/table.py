@@ -54,6 +54,10 @@ class Row:
             return None
         return nominal, effective_lambda_iga(self.runs[0].method, self.runs[0].schedule.batch_size)
 
+    def is_done(self) -> bool:
+        """Whether the store has every measurement of the row; no measurements count as not done."""
+        return bool(self.cells) and all(job.is_done() for cell in self.cells for job in cell.jobs)
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -253,7 +253,7 @@ def plot_epsilon(table: pd.DataFrame, attack: str, rows: Sequence[str], title: s
 def plot_bounds(table: pd.DataFrame, title: str) -> Figure:
     """Table 3 as a figure: the terms of Proposition 2's mean bound as stacked bars, and the mean measured gap."""
     figure, axes = one_panel(7.6, 4.4)
-    rows = list(dict.fromkeys(table["row"]))
+    rows = list(dict.fromkeys(table["row"][(table["metric"] == "bound") & table["value"].notna()]))
     parts = {
         "γ_s, student's LLM": lambda row: value(table, row, "llm_eps"),
         "γ_t, teacher's LLM": lambda row: value(table, row, "llm_eps_teacher"),

@@ -112,11 +112,11 @@ def plot_tightness(experiment: Experiment, title: str) -> Figure:
     for axes, (form, name) in zip(panels, forms.items(), strict=True):
         broken, total = 0, 0
         for index, row in enumerate(experiment.rows):
-            (images,) = [result["images"] for result in results(row, "gap")]
-            gap, bound = np.array(images["gap"]), np.array(images[form])
-            broken, total = broken + int((gap > bound).sum()), total + len(gap)
             style: dict[str, Any] = {"color": method_color(row.id, index), "label": short(row.label)}
-            axes.scatter(bound, gap, s=7, alpha=0.4, linewidths=0, rasterized=True, **style)
+            for images in [result["images"] for result in results(row, "gap")]:
+                gap, bound = np.array(images["gap"]), np.array(images[form])
+                broken, total = broken + int((gap > bound).sum()), total + len(gap)
+                axes.scatter(bound, gap, s=7, alpha=0.4, linewidths=0, rasterized=True, **style)
         axes.axline((1, 1), (10, 10), color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel="bound (nats)")
         axes.set_title(f"{name}\n{broken} of {total} images above the diagonal", fontsize=9)

@@ -30,9 +30,9 @@ def with_audit(table: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
         return table
     lines = []
     for row in experiment.rows:
-        part = table[table["row"] == row.id]
-        if part["value"].isna().any():
+        if not row.is_done():
             continue
+        part = table[table["row"] == row.id]
         one = verdict(findings(experiment.params, row))
         shared = {"row": row.id, "label": row.label, "n": one.n, "seeds": 1, "runs": part["runs"].iloc[0]}
         together = proportion(round(one.worst / 100 * one.n), one.n)

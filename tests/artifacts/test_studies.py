@@ -329,6 +329,9 @@ def test_the_propositions_are_measured_and_drawn(name: str, tmp_path: Path) -> N
         assert ours["teacher", "kept"] == 100
     else:
         drawn(plots.plot_tightness(found, "title"), tmp_path)
+        partly = replace(found, rows=(found.rows[0], *study("smoke", name, bound_images=5).rows[1:]))
+        assert [row.is_done() for row in partly.rows] == [row == found.rows[0] for row in partly.rows]
+        assert [len(axes.collections) for axes in plots.plot_tightness(partly, "title").axes] == [1, 1, 1]
         for row in found.rows:
             assert ours[row.id, "violations"] == ours[row.id, "violations_tight"] == 0
             assert ours[row.id, "gap"] <= ours[row.id, "bound_tight"] <= ours[row.id, "bound"]

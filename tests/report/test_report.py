@@ -282,6 +282,16 @@ def test_a_plot_draws_a_point_for_every_value():
     assert len(axes.containers) == len(set(table["row"]))
 
 
+def test_the_terms_of_the_bound_are_drawn_for_measured_rows_alone():
+    table = fill(frame(at_smoke("table3")), 1)
+    first, *others = dict.fromkeys(table["row"])
+    (axes,) = report.plot_bounds(table[table["row"] == first], "title").axes
+    table.loc[table["row"].isin(others), "value"] = float("nan")
+    (same,) = report.plot_bounds(table, "title").axes
+    assert [text.get_text() for text in same.get_xticklabels()] == [text.get_text() for text in axes.get_xticklabels()]
+    assert len(same.patches) == len(axes.patches) == 4
+
+
 @pytest.mark.parametrize(
     ("label", "brief"),
     [
