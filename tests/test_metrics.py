@@ -463,6 +463,17 @@ def test_the_bound_needs_the_dual_norm() -> None:
     assert (gap - base).item() > 0.1 * euclidean.distance.item()
 
 
+def test_the_gap_is_searched_on_both_sides() -> None:
+    """A student surer than its teacher at x, whose loss explodes along a direction that the teacher's gradient hides."""
+    direction = torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)
+    student = Loss(lambda x: 0.01 * ((x - 0.5) @ (6 * direction)).exp())
+    teacher = Loss(lambda x: 1 + 0.1 * (x - 0.5).sum(1))
+    x, y = at(*[0.5] * 10)
+    largest = 0.01 * math.exp(6) - 1  # at 0.1 · direction; on the teacher's side no more than 1.1
+    for order in ((student, teacher), (teacher, student)):
+        assert measured_gap(*order, x, y, 0.1).item() == pytest.approx(largest, rel=1e-4)
+
+
 def test_the_terms_of_the_bound(nets: Nets, data: Data) -> None:
     student, teacher = nets
     x, y = data.test
