@@ -252,6 +252,27 @@ def test_the_tables_on_photographs_are_the_committed_results() -> None:
     assert_table("docs/results.md", "| net | clean | PGD-20 |", grid)
 
 
+def test_the_terms_of_the_bound_on_photographs_are_the_committed_result() -> None:
+    terms = {
+        "llm_half_eps": "student's LLM at ε/2",
+        "llm_eps": "student's LLM at ε (γ_s)",
+        "llm_eps_teacher": "teacher's LLM at ε (γ_t)",
+        "cross_entropy": "student's cross-entropy",
+        "gradient_distance": "‖g_s − g_t‖₂",
+        "bound": "bound, dual norm",
+        "gap": "gap found",
+    }
+    paper = table_of("cifar10_cpu", "table3").set_index(["row", "metric"])["reported"]
+    expected = []
+    for term, words in terms.items():
+        both = [v for row in ("st", "kdiga") for v in (number("cifar10_cpu", "table3", row, term), paper[row, term])]
+        expected.append([words, *("–" if math.isnan(v) else f"{v:.2f}" for v in both)])
+    for norm, words in {"violations": "the dual norm", "violations_l2": "ℓ2 as printed"}.items():
+        counts = [f"{number('cifar10_cpu', 'prop2_bound', row, norm):.0f} of 200" for row in ("st", "kdiga")]
+        expected.append([f"images above the bound, {words}", counts[0], "–", counts[1], "–"])
+    assert_table("docs/results.md", "| term of Proposition 2 |", expected)
+
+
 def test_the_table_of_the_search_is_the_committed_result() -> None:
     table = table_of("cifar10_cpu", "isd_search")
     shown = show(table, ["clean", "pgd20", "apgd"])

@@ -464,7 +464,7 @@ def test_the_bound_needs_the_dual_norm() -> None:
 
 
 def test_the_gap_is_searched_on_both_sides() -> None:
-    """A student surer than its teacher at x, whose loss explodes along a direction that the teacher's gradient hides."""
+    """A student surer than its teacher at x; its loss explodes in a direction that the teacher's gradient hides."""
     direction = torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)
     student = Loss(lambda x: 0.01 * ((x - 0.5) @ (6 * direction)).exp())
     teacher = Loss(lambda x: 1 + 0.1 * (x - 0.5).sum(1))
