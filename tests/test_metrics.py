@@ -470,6 +470,7 @@ def test_the_gap_is_searched_on_both_sides() -> None:
     teacher = Loss(lambda x: 1 + 0.1 * (x - 0.5).sum(1))
     x, y = at(*[0.5] * 10)
     largest = 0.01 * math.exp(6) - 1  # at 0.1 · direction; on the teacher's side no more than 1.1
+    assert measured_gap(student, teacher, x, y, 0.0).item() == pytest.approx(0.99)  # the gap at x
     for order in ((student, teacher), (teacher, student)):
         assert measured_gap(*order, x, y, 0.1).item() == pytest.approx(largest, rel=1e-4)
 
