@@ -268,12 +268,15 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
-    every = params.all_seeds_rows or list(rows)
-    for setting, names in (("all_seeds_rows", every), ("autoattack_rows", params.autoattack_rows)):
-        _check_rows(setting, names, [*rows, *LATER])
-    return {
-        name: (label, tuple(dict.fromkeys(runs if name in every else runs[:1]))) for name, (label, runs) in rows.items()
-    }
+    for setting in ("all_seeds_rows", "autoattack_rows"):
+        _check_rows(setting, getattr(params, setting), [*rows, *LATER])
+    return {name: (label, seeds_of_row(params, name, runs)) for name, (label, runs) in rows.items()}
+
+
+def seeds_of_row(params: Table1Params, row: str, runs: Nets) -> Nets:
+    """A row's nets of every seed, or of the first if ``all_seeds_rows`` leaves the row out; shared nets once."""
+    first = params.all_seeds_rows and row not in params.all_seeds_rows
+    return tuple(dict.fromkeys(runs[:1] if first else runs))
 
 
 def _check_rows(setting: str, names: Sequence[str], rows: Sequence[str]) -> None:

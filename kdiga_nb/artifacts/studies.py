@@ -25,6 +25,7 @@ from kdiga_nb.artifacts.recipes import (
     pgd_teacher,
     runs_per_seed,
     schedule_of,
+    seeds_of_row,
     standard_training,
     table1_runs,
     teacher_schedule,
@@ -631,8 +632,7 @@ def baselines(params: BaselineParams) -> Experiment:
     chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}
     for name, method in later.items():
         runs = runs_per_seed(at_student, method, teacher=teacher)
-        every = not params.all_seeds_rows or name in params.all_seeds_rows
-        chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", runs if every else runs[:1])
+        chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", seeds_of_row(params, name, runs))
     for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
         chosen[name] = known[name]
     chosen |= {name: one for name, one in known.items() if isd_chain(name) == "isd_wot"}
