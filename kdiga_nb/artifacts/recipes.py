@@ -268,6 +268,9 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
+    if params.long_epochs:
+        longer = runs_per_seed(params, ST(), schedule=schedule_of(params, params.long_epochs))
+        rows["st_long"] = (f"student (ST), {params.long_epochs} epochs", longer)
     for setting in ("all_seeds_rows", "autoattack_rows"):
         _check_rows(setting, getattr(params, setting), [*rows, *LATER])
     return {name: (label, seeds_of_row(params, name, runs)) for name, (label, runs) in rows.items()}

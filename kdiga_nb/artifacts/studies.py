@@ -629,13 +629,13 @@ def baselines(params: BaselineParams) -> Experiment:
         "saad": SAAD(attack, lambda_igdm=params.lambda_igdm),
     }
     known = table1_runs(at_student)
-    chosen = {name: known[name] for name in ("st", "trades_teacher", "trades_student", "kd", "ard")}
+    chosen = {name: known[name] for name in ("st", "trades_teacher", "pgd_student", "trades_student", "kd", "ard")}
     for name, method in later.items():
         runs = runs_per_seed(at_student, method, teacher=teacher)
         chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", seeds_of_row(params, name, runs))
     for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
         chosen[name] = known[name]
-    chosen |= {name: one for name, one in known.items() if isd_chain(name) == "isd_wot"}
+    chosen |= {name: one for name, one in known.items() if isd_chain(name)}
     rows = []
     for name, (label, runs) in chosen.items():
         cells = tuple(_with_mask(cell) for cell in accuracy_cells(params, runs, row=name))
