@@ -231,8 +231,13 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     attack = training_attack(params)
     teacher = trades_teacher(params)
     wide, small = params.teacher, params.student
+    longer = {}
+    if params.long_epochs:
+        schedule = schedule_of(params, params.long_epochs)
+        longer["st_long"] = (f"student (ST), {params.long_epochs} epochs", runs_per_seed(params, ST(), schedule=schedule))
     rows: dict[str, tuple[str, Nets]] = {
         "st": ("student (ST)", standard_training(params)),
+        **longer,
         "kd": ("TRADES teacher → KD → student", runs_per_seed(params, method_of(params, KD), teacher=teacher)),
         "ard": (
             "TRADES teacher → ARD → student",
@@ -268,9 +273,6 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     for loop, runs in enumerate(isd_wot_runs(params, dropout=True), 1):
         rows[isd_row("isd_wot", loop)] = (isd_label("isd_wot", loop), runs)
     rows |= control_runs(params)
-    if params.long_epochs:
-        longer = runs_per_seed(params, ST(), schedule=schedule_of(params, params.long_epochs))
-        rows["st_long"] = (f"student (ST), {params.long_epochs} epochs", longer)
     for setting in ("all_seeds_rows", "autoattack_rows"):
         _check_rows(setting, getattr(params, setting), [*rows, *LATER])
     return {name: (label, seeds_of_row(params, name, runs)) for name, (label, runs) in rows.items()}
