@@ -233,8 +233,8 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     wide, small = params.teacher, params.student
     longer = {}
     if params.long_epochs:
-        schedule = schedule_of(params, params.long_epochs)
-        longer["st_long"] = (f"student (ST), {params.long_epochs} epochs", runs_per_seed(params, ST(), schedule=schedule))
+        runs = runs_per_seed(params, ST(), schedule=schedule_of(params, params.long_epochs))
+        longer["st_long"] = (f"student (ST), {params.long_epochs} epochs", runs)
     rows: dict[str, tuple[str, Nets]] = {
         "st": ("student (ST)", standard_training(params)),
         **longer,
