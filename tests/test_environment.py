@@ -351,7 +351,7 @@ def test_the_table_of_later_distillations_on_photographs_is_the_committed_result
 
 def test_the_table_of_fgsm_on_photographs_is_the_committed_result() -> None:
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
-    rows = ["kdiga_fgsm", "fgsm_at", "kdiga_plain"]
+    rows = ["kdiga_fgsm", "kdiga_fgsm_perturbed", "fgsm_at", "kdiga_plain"]
     assert_table("docs/results.md", "| row of Table 5, narrow", quoted("cifar10_cpu", rows, columns, "table5"))
 
 
@@ -371,12 +371,15 @@ def test_the_findings_quote_the_published_tables() -> None:
     lost = number("digits", "prop1_certified", "kdiga_loss", "lost_proven")
     narrow = partial(number, "cifar10_cpu", "baselines")
     above = narrow("kdiga", "pgd20") - narrow("ard", "pgd20")
+    below = narrow("pgd_student", "pgd20") - number("cifar10_cpu", "table5", "kdiga_plain", "pgd20")  # the same seed
     bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
     assert len(bound) * 500 == 2000
     sentences = [
         f"is {both('digits', 'kd')} for KD, {both('digits', 'kdiga')} for KDIGA, {both('digits', 'trades_teacher')} "
         "for the teacher",
         f"(3 seeds) KDIGA is {above:.1f} points above ARD",
+        f"it is {below:.1f} below PGD AT of the student (one seed)",
+        f"(with 40, ST has {cifar('st_long', 'clean'):.1f} % clean)",
         f"(AutoAttack: {cifar('isd_wot_6', 'autoattack'):.1f} %)",
         f"KD gains {gains[0]:.1f} of KDIGA's {gains[1]:.1f} points on the digits",
         f"the zero target reaches {zero[0]:.1f} % under PGD-20 at {zero[1]:.1f} % clean, where KDIGA has "
