@@ -2,9 +2,9 @@
 
     python benchmarks/precision.py
 
-The two trainings share the teacher, seed, settings and test images of the section ``baselines`` of
-``params/cifar10_cpu.yaml``. The one in bfloat16 comes from the run store, if it is there; the one in float32 is trained
-(half an hour on two CPU cores). Needs CIFAR-10 in ``KDIGA_DATA``.
+The two trainings share the teacher, seed, settings and test images of the scale ``cifar10_short``. The one in bfloat16
+comes from the run store, if it is there; the one in float32 is trained (half an hour on two CPU cores). Needs CIFAR-10
+in ``KDIGA_DATA``.
 """
 
 import json
@@ -23,7 +23,7 @@ from kdiga_nb.runs.run import run_key
 
 def main() -> None:
     """Print the measurement as JSON."""
-    params = at_scale(BaselineParams, "cifar10_cpu")
+    params = at_scale(BaselineParams, "cifar10_short")
     row = EVERY["baselines"].build(params).row("kdiga")
     runs = {"bfloat16": row.runs[0]}
     runs["float32"] = replace(runs["bfloat16"], schedule=replace(runs["bfloat16"].schedule, precision="float32"))

@@ -634,7 +634,7 @@ def _so_far(entry: dict[str, Any]) -> list[str]:
 @app.command()
 def explore(
     page: Annotated[bool, typer.Option("--page", help="As a page without code (Voilà), not in JupyterLab.")] = False,
-    scale: Annotated[str, typer.Option(help="Whose published runs are shown where the store has none.")] = "digits",
+    scale: Annotated[str, typer.Option(help="At which it opens, with its published runs at need.")] = "digits",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine.")] = 8888,
     browser: Annotated[bool, typer.Option(help="Open it in the browser.")] = True,
 ) -> None:
@@ -659,13 +659,30 @@ def explore(
             f"kdiga reproduce --scale {scale} --only explore trains your own"
         )
     notebook = paths.NOTEBOOKS / "explore.ipynb"
-    if paths.CHECKOUT is None and not page:  # JupyterLab saves what it opens
+    if scale != "digits":
+        notebook = explorer_at(scale)
+    elif paths.CHECKOUT is None and not page:  # JupyterLab saves what it opens
         own = paths.home() / "notebooks"
         _copy_notebooks(own, ["explore"])
         notebook = own / "explore.ipynb"
     serve = ["voila", "--Voila.ip=127.0.0.1", f"--port={port}"] if page else ["jupyterlab", f"--port={port}"]
     serve += [str(notebook)] if browser else ["--no-browser", str(notebook)]
     os.execv(sys.executable, [sys.executable, "-m", *serve])  # so that Ctrl-C reaches the server alone
+
+
+def explorer_at(scale: str) -> Path:
+    """A copy of the explorer's notebook that opens at the scale, with the scale's figures; one that is there stays."""
+    import papermill
+
+    target = paths.figures(scale) / "explore.ipynb"
+    if not target.exists():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = paths.NOTEBOOKS / "explore.ipynb"
+            papermill.execute_notebook(source, target, {"scale": scale}, prepare_only=True, progress_bar=False)
+        except OSError as error:
+            raise _fail(f"{error.filename}: {error.strerror}", 1) from None
+    return target
 
 
 def _copy_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -737,7 +754,7 @@ def site_command(folder: Annotated[Path, typer.Argument(help="Where to.")] = Pat
 
 store_app = typer.Typer(no_args_is_help=True, help="Published runs: copy them into the run store, check or make them.")
 app.add_typer(store_app, name="store")
-PUBLISHED = "digits, cifar10_cpu, …"
+PUBLISHED = "digits, cifar10_cpu, cifar10_short, …"
 
 
 def _for_scale(work: Callable[[str], T], scale: str) -> T:

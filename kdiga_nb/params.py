@@ -407,7 +407,6 @@ class BaselineParams(Table1Params):
     lambda_igdm: Weight = _knob(
         "weight of IGDM's difference of logits (its authors: 1 on CIFAR-10, rising)", default=1.0
     )
-    baseline_student: MaybeModel = _knob("net of the comparison; none: the student", default=NONE)
 
 
 class ParetoParams(Params):

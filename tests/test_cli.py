@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
-from kdiga_nb.cli import app
+from kdiga_nb.cli import app, explorer_at
 from kdiga_nb.data import load_data
 from kdiga_nb.notebooks import ARTEFACTS, load
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
@@ -529,3 +529,12 @@ def test_an_own_net_that_cannot_be_audited_is_one_line(
     photographs(Path("photographs"), per_class=1)
     result = kdiga("audit", *arguments)
     assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_the_explorer_opens_at_another_scale_from_a_copy_that_stays(own_figures: Path) -> None:
+    copy = explorer_at("cifar10_short")
+    sources = [cell.source for cell in nbformat.read(copy, as_version=4).cells]
+    assert copy == paths.figures("cifar10_short") / "explore.ipynb"
+    assert [source for source in sources if 'scale = "cifar10_short"' in source]
+    copy.write_text("mine")
+    assert explorer_at("cifar10_short").read_text() == "mine"

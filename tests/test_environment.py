@@ -7,6 +7,7 @@ conda cannot be run everywhere, so environment.yml is compared with pyproject.to
 """
 
 import ast
+import gzip
 import itertools
 import json
 import math
@@ -36,7 +37,7 @@ ENVIRONMENT: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_tex
 
 # Where conda, or an import statement, calls a distribution by another name.
 CONDA_NAMES = {"pytorch": "torch", "huggingface_hub": "huggingface-hub"}
-IMPORT_NAMES = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+IMPORT_NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
 
 FILE_LIMIT, TOTAL_LIMIT = 5_000_000, 40_000_000  # bytes
 # Written so that they do not find themselves.
@@ -155,8 +156,25 @@ CIFAR_ROWS = [
 README_ROWS = ["st", "kd", "kdiga", "kdiga_zero", "isd_wot_1", "isd_wot_6", "isd_wot_1_zero", "trades_teacher"]
 LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "saad", "trades_student"]
 NARROW_ROWS = [
-    *["st", "isd_wot_1", "kd", "kdiga_zero", "penalty", "kdiga", "isd_wit_1", "isd_wit_2", "isd_wit_3", "ard"],
-    *["kdiga_ard_c", "kdiga_ard_a", "rslad", "iad", "adaad", "igdm", "pgd_student", "trades_student"],
+    *[
+        "st",
+        "kd",
+        "kdiga_zero",
+        "penalty",
+        "kdiga",
+        "ard",
+        "kdiga_ard_c",
+        "kdiga_ard_a",
+        "rslad",
+        "iad",
+        "adaad",
+        "igdm",
+    ],
+    *["pgd_student", "trades_student", "trades_teacher"],
+]
+NARROW_LOOPS = [
+    *["st", *(f"isd_wot_{loop}" for loop in range(1, 7)), *(f"isd_wot_{loop}_no_dropout" for loop in range(1, 4))],
+    *["self_kd", "self_st", "isd_wot_1_zero", "penalty", "isd_wit_1", "isd_wit_2", "isd_wit_3"],
 ]
 LOOP_ROWS = [
     *(f"isd_wot_1_{weight}" for weight in ("0p01", "0p1", "1", "3", "10", "30", "300", "slow")),
@@ -226,7 +244,8 @@ def test_the_readme_names_every_notebook_and_what_cifar10_has_of_it() -> None:
     named = [name for names, _ in rows for name in names]
     assert sorted(named) == sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     for names, words in rows:
-        assert (words != "no") == any((published("cifar10_cpu") / f"{name}.csv").exists() for name in names), names
+        files = [published(scale) / f"{name}.csv" for scale in ("cifar10_cpu", "cifar10_short") for name in names]
+        assert (words != "no") == any(file.exists() for file in files), names
 
 
 def test_the_readme_links_every_page_of_docs_once() -> None:
@@ -341,18 +360,51 @@ def test_the_table_of_later_distillations_is_the_committed_result() -> None:
 
 
 def test_the_table_of_later_distillations_on_photographs_is_the_committed_result() -> None:
-    experiment = baselines(at_scale(BaselineParams, "cifar10_cpu"))
+    experiment = baselines(at_scale(BaselineParams, "cifar10_short"))
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
-    lines = quoted("cifar10_cpu", NARROW_ROWS, columns, "baselines")
+    lines = quoted("cifar10_short", NARROW_ROWS, columns, "baselines")
     steps = [f"{relative_cost(experiment.row(row).runs[0]):.1f}" for row in NARROW_ROWS]
     expected = [[*line, step] for line, step in zip(lines, steps, strict=True)]
     assert_table("docs/results.md", "| method, narrow student |", expected)
 
 
+def test_the_table_of_loops_in_short_trainings_is_the_committed_result() -> None:
+    columns = ["clean, ours", "pgd20, ours", "apgd, ours"]
+    lines = quoted("cifar10_short", NARROW_LOOPS, columns, "isd_autoattack")
+    norms = [number("cifar10_short", "isd_autoattack", row, "gradient_norm") for row in NARROW_LOOPS]
+    expected = [[*line, f"{norm:.2f}"] for line, norm in zip(lines, norms, strict=True)]
+    assert_table("docs/results.md", "| loop, narrow student |", expected)
+
+
+def test_the_audit_in_short_trainings_is_the_committed_result() -> None:
+    audited = partial(number, "cifar10_short", "robustness_audit")
+    metrics = ["clean", "pgd", "all_together", "autoattack", "gradient_norm"]
+    table = table_of("cifar10_short", "robustness_audit")
+    labels = dict(zip(table["row"], table["label"], strict=True))
+    digits = [1, 1, 1, 1, 2]
+    expected = [
+        [label, *(f"{audited(row, metric):.{places}f}" for metric, places in zip(metrics, digits, strict=True))]
+        for row, label in labels.items()
+    ]
+    assert_table("docs/results.md", "| audited net, narrow |", expected)
+    pgd, autoattack = (audited("kdiga", metric) for metric in ("pgd", "autoattack"))
+    assert_sentences([f"PGD-20 overstates KDIGA ({pgd:.1f} %, AutoAttack {autoattack:.1f} %)"], README)
+    found = [f"KDIGA: {pgd:.1f} % under PGD-20, {autoattack:.1f} % under AutoAttack (rules"]
+    assert_sentences(found, ROOT / "docs" / "audit.md")
+    other_attacks = ("margin", "targeted", "pgd_more", "square", "hard_label")
+    others = [f"{audited('kdiga', attack):.1f}" for attack in other_attacks]
+    found = [
+        f"on the margin leaves {others[0]} %, on every wrong class in turn {others[1]} %, AutoAttack {autoattack:.1f}",
+        f"find next to nothing ({others[2]} %)",
+        f"(Square {others[3]}, RayS {others[4]} %)",
+    ]
+    assert_sentences(found, ROOT / "docs" / "results.md")
+
+
 def test_the_table_of_fgsm_on_photographs_is_the_committed_result() -> None:
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
     rows = ["kdiga_fgsm", "kdiga_fgsm_perturbed", "fgsm_at", "kdiga_plain"]
-    assert_table("docs/results.md", "| row of Table 5, narrow", quoted("cifar10_cpu", rows, columns, "table5"))
+    assert_table("docs/results.md", "| row of Table 5, narrow", quoted("cifar10_short", rows, columns, "table5"))
 
 
 def test_the_findings_quote_the_published_tables() -> None:
@@ -369,9 +421,9 @@ def test_the_findings_quote_the_published_tables() -> None:
     penalty = [cifar("isd_wot_1_zero", metric) for metric in ("pgd20", "autoattack", "clean")]
     loops = [f"{digits(row, 'pgd20'):.1f}" for row in ("isd_wot_1", "isd_wot_1_zero")]
     lost = number("digits", "prop1_certified", "kdiga_loss", "lost_proven")
-    narrow = partial(number, "cifar10_cpu", "baselines")
+    narrow = partial(number, "cifar10_short", "baselines")
     above = narrow("kdiga", "pgd20") - narrow("ard", "pgd20")
-    below = narrow("pgd_student", "pgd20") - number("cifar10_cpu", "table5", "kdiga_plain", "pgd20")  # the same seed
+    below = narrow("pgd_student", "pgd20") - number("cifar10_short", "table5", "kdiga_plain", "pgd20")  # the same seed
     bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
     assert len(bound) * 500 == 2000
     sentences = [
@@ -566,10 +618,11 @@ def test_autoattack_by_member_is_quoted_as_saved() -> None:
 
 def test_what_the_last_members_of_autoattack_find_is_quoted_as_published() -> None:
     nets, counts = [], [0, 0, 0, 0]
-    for scale in ("digits", "cifar10_cpu"):
+    for scales in (["digits"], ["cifar10_cpu", "cifar10_short"]):
         found = 0
-        for path in (ROOT / "published" / scale / "runs").glob("*/measures.json"):
-            for result in json.loads(path.read_text()).values():
+        files = (path for scale in scales for path in (published(scale) / "runs").glob("*/measures.json.gz"))
+        for path in {path.parent.name: path for path in files}.values():  # a net that two scales publish counts once
+            for result in json.loads(gzip.decompress(path.read_bytes())).values():
                 members = result.get("members", {})
                 if {"fab-t", "square"} <= set(members):
                     found += 1

@@ -615,11 +615,8 @@ def baselines(params: BaselineParams) -> Experiment:
     """KDIGA, its controls and the adversarial distillations since the paper: same teacher, attack and epochs.
 
     Each row has every seed, or the first if ``all_seeds_rows`` leaves it out. The later methods keep their authors'
-    weights; IGDM's and SAAD's is ``lambda_igdm``. The other nets are those of Table 1, unless ``baseline_student``
-    names another student.
+    weights; IGDM's and SAAD's is ``lambda_igdm``. The other nets are those of Table 1.
     """
-    student = params.student if params.baseline_student == NONE else params.baseline_student
-    at_student = params.model_copy(update={"student": student})
     attack, teacher = training_attack(params), trades_teacher(params)
     later = {
         "rslad": RSLAD(attack),
@@ -628,10 +625,10 @@ def baselines(params: BaselineParams) -> Experiment:
         "igdm": IGDM(attack, lambda_igdm=params.lambda_igdm),
         "saad": SAAD(attack, lambda_igdm=params.lambda_igdm),
     }
-    known = table1_runs(at_student)
+    known = table1_runs(params)
     chosen = {name: known[name] for name in ("st", "trades_teacher", "pgd_student", "trades_student", "kd", "ard")}
     for name, method in later.items():
-        runs = runs_per_seed(at_student, method, teacher=teacher)
+        runs = runs_per_seed(params, method, teacher=teacher)
         chosen[name] = (f"TRADES teacher → {type(method).__name__} → student", seeds_of_row(params, name, runs))
     for name in ("kdiga", "kdiga_zero", "kdiga_ard_c", "kdiga_ard_a", "penalty"):
         chosen[name] = known[name]

@@ -29,6 +29,7 @@ from kdiga_nb.audit.verdict import (
     unconverged,
     uninformative_gradient,
     verdict,
+    wrong_loss,
     wrong_step_size,
     zero_gradients,
 )

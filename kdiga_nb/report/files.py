@@ -11,6 +11,7 @@ import matplotlib
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm.auto import tqdm
 
 from kdiga_nb import paths
@@ -65,8 +66,12 @@ def save(experiment: Experiment, table: pd.DataFrame, figure: Figure, **more: Fi
     table.to_csv(home / f"{experiment.name}.csv", index=False, float_format="%.6g")
     for name, drawn in {experiment.name: figure, **{f"{experiment.name}_{k}": v for k, v in more.items()}}.items():
         drawn.savefig(home / f"{name}.png", dpi=150)
-        # Fixed ids and no date, so that the same figure gives the same file.
-        with matplotlib.rc_context({"svg.hashsalt": name}):
+        if not any(axes.images for axes in drawn.axes):  # lines and text look the same in 256 colours
+            with Image.open(home / f"{name}.png") as picture:
+                few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+            few.save(home / f"{name}.png", optimize=True)
+        # Fixed ids and no date, so that a figure always gives the same file. Text stays text, which one can search.
+        with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
             drawn.savefig(home / f"{name}.svg", dpi=150, metadata={"Date": None})
     record = json.dumps(provenance(experiment), indent=1, ensure_ascii=False)
     (home / f"{experiment.name}.json").write_text(record + "\n")

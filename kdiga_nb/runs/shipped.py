@@ -5,6 +5,7 @@ record, curve and measurements; most come without weights, because the repositor
 serves tables; where its net is needed, the run is trained again. ``manifest.json`` lists every file with its sha256.
 """
 
+import gzip
 import json
 import shutil
 import time
@@ -19,6 +20,7 @@ from kdiga_nb.runs.run import Run, folder, run_key
 from kdiga_nb.runs.store import check_writable, environment, halve_weights, is_finished, pulled_from, write_json
 
 RECORDS = ("run.json", "history.csv", "measures.json")
+MEASURES = "measures.json.gz"  # as published: it says of every image whether it was withstood
 WEIGHTS = "model.safetensors"
 LIMIT = 5_000_000  # bytes of a file in the repository
 
@@ -70,6 +72,8 @@ def faults(scale: str) -> list[str]:
 def pull(scale: str) -> Pulled:
     """Copy a scale's published runs into the store; a run that the store has, finished or not, is left as it is.
 
+    A run that several scales publish comes with the weights that one of them has.
+
     Raises:
         StoreError: a published file is missing or damaged (nothing is copied then), or the store cannot be written.
     """
@@ -86,7 +90,13 @@ def pull(scale: str) -> Pulled:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             shutil.copytree(source, partial)
+            if (packed := partial / MEASURES).exists():
+                packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+                packed.unlink()
             record = json.loads((partial / "run.json").read_text())
+            for weights in home_of(scale).parents[1].glob(f"*/runs/{source.name}/{WEIGHTS}"):
+                if digest_of(weights) == record["sha256"]:
+                    shutil.copyfile(weights, partial / WEIGHTS)
             write_json(partial / "run.json", record | {"published": scale})
             partial.rename(target)
         except OSError as error:
@@ -94,6 +104,17 @@ def pull(scale: str) -> Pulled:
             raise StoreError(f"{target} cannot be written: {error.strerror or error}") from error
         pulled.copied.append(source.name)
     return pulled
+
+
+def _as_published(path: Path) -> tuple[str, bytes]:
+    """Name and content of a file of the store as it is published: measurements packed, a record without its mark."""
+    if path.name == "measures.json":
+        return MEASURES, gzip.compress(path.read_bytes(), mtime=0)
+    if path.name == "run.json":
+        record = json.loads(path.read_text())
+        record.pop("published", None)
+        return path.name, json.dumps(record, indent=1).encode()
+    return path.name, path.read_bytes()
 
 
 def drop(scale: str) -> list[str]:
@@ -141,12 +162,9 @@ def pack(scale: str, runs: Iterable[Run], with_weights: Iterable[Run], commit: s
             if (source / WEIGHTS).stat().st_size > LIMIT:
                 raise StoreError(f"run {key}: its weights take more than {LIMIT / 1e6:g} MB")
             names.append(WEIGHTS)
-        for name in names:
-            if name == "run.json":  # without the mark of a pulled run
-                record = json.loads((source / name).read_text())
-                write_json(home / key / name, {k: v for k, v in record.items() if k != "published"})
-            else:
-                shutil.copyfile(source / name, home / key / name)
+        for path in (source / name for name in names):
+            name, content = _as_published(path)
+            (home / key / name).write_bytes(content)
             files[f"{key}/{name}"] = digest_of(home / key / name)
         keys.append(key)
     made = {

@@ -27,7 +27,7 @@ def test_colors_can_be_told_apart(colors: list[str]) -> None:
     assert min(distances) > 0.15
 
 
-@pytest.mark.parametrize("scale", ["digits", "cifar10_cpu"])
+@pytest.mark.parametrize("scale", ["digits", "cifar10_cpu", "cifar10_short"])
 def test_every_row_of_table_1_has_the_color_of_its_method(scale: str) -> None:
     table = pd.read_csv(paths.published(scale) / "table1.csv").drop_duplicates("row")
     for row in table["row"]:

@@ -22,7 +22,7 @@ from kdiga_nb.report.verdicts import TITLE_WIDTH, Verdicts, headline
 from kdiga_nb.report.verify import verify
 
 NAN = math.nan
-SCALES = ["digits", "cifar10_cpu"]
+SCALES = ["digits", "cifar10_cpu", "cifar10_short"]
 
 
 @pytest.mark.parametrize(

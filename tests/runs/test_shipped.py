@@ -17,6 +17,7 @@ from kdiga_nb.methods import ST
 from kdiga_nb.params import Table1Params, at_scale
 from kdiga_nb.report import reproduce
 from kdiga_nb.runs import StoreError, shipped
+from kdiga_nb.runs.checkpoints import digest_of
 from kdiga_nb.runs.graph import Job, run_all
 from kdiga_nb.runs.listing import list_store
 from kdiga_nb.runs.run import Run, folder, run_key
@@ -105,6 +106,22 @@ def test_what_the_store_has_is_left_as_it_is(published: Path) -> None:
     assert shipped.pull("smoke").copied == []
 
 
+def test_a_run_that_two_scales_publish_comes_with_the_weights_of_either(published: Path) -> None:
+    shipped.pull("smoke")
+    assert shipped.pack("other", [NET, BARE], []) == [run_key(NET), run_key(BARE)]
+    shipped.drop("smoke")
+    shipped.pull("other")
+    assert damage(NET) is None and damage(BARE) == "its weights are not among the published ones"
+    shipped.drop("other")
+    record = shipped.home_of("other") / run_key(NET) / "run.json"  # the same training, other weights
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"sha256": "0" * 64}))
+    listed = json.loads((shipped.home_of("other") / "manifest.json").read_text())
+    listed["files"][f"{run_key(NET)}/run.json"] = digest_of(record)
+    (shipped.home_of("other") / "manifest.json").write_text(json.dumps(listed))
+    shipped.pull("other")
+    assert damage(NET) == "its weights are not among the published ones"
+
+
 def test_what_was_pulled_is_dropped_and_nothing_else(published: Path) -> None:
     load_or_train(NET, device="cpu")
     shipped.pull("smoke")
@@ -120,13 +137,13 @@ def test_what_was_pulled_is_dropped_and_nothing_else(published: Path) -> None:
 
 def test_a_damaged_publication_is_named_and_nothing_is_copied(published: Path) -> None:
     key = run_key(NET)
-    with (published / key / "measures.json").open("a") as file:
+    with (published / key / "measures.json.gz").open("a") as file:
         file.write(" ")
     (published / key / "history.csv").unlink()
     (published / key / "extra.txt").touch()
     expected = [
         f"{key}/history.csv: is missing",
-        f"{key}/measures.json: does not match its sha256",
+        f"{key}/measures.json.gz: does not match its sha256",
         f"{key}/extra.txt: is not in the manifest",
     ]
     assert sorted(shipped.faults("smoke")) == sorted(expected)
