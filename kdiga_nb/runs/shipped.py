@@ -1,8 +1,9 @@
 """The published part of the run store: finished runs under ``published/<scale>/runs/``, in the layout of the store.
 
 ``pull`` copies them into the store, so that tables, audits and later trainings use them. Every run comes with its
-record, curve and (packed) measurements; most come without weights, because the repository must stay small. A run without weights
-serves tables; where its net is needed, the run is trained again. ``manifest.json`` lists every file with its sha256.
+record, curve and (packed) measurements; most come without weights, because the repository must stay small. A run
+without weights serves tables; where its net is needed, the run is trained again. ``manifest.json`` lists every file
+with its sha256.
 """
 
 import gzip
