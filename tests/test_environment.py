@@ -156,21 +156,8 @@ CIFAR_ROWS = [
 README_ROWS = ["st", "kd", "kdiga", "kdiga_zero", "isd_wot_1", "isd_wot_6", "isd_wot_1_zero", "trades_teacher"]
 LATER_ROWS = ["kd", "kdiga_zero", "penalty", "kdiga", "ard", "rslad", "iad", "adaad", "igdm", "saad", "trades_student"]
 NARROW_ROWS = [
-    *[
-        "st",
-        "kd",
-        "kdiga_zero",
-        "penalty",
-        "kdiga",
-        "ard",
-        "kdiga_ard_c",
-        "kdiga_ard_a",
-        "rslad",
-        "iad",
-        "adaad",
-        "igdm",
-    ],
-    *["pgd_student", "trades_student", "trades_teacher"],
+    *["st", "kd", "kdiga_zero", "penalty", "kdiga", "ard", "kdiga_ard_c", "kdiga_ard_a"],
+    *["rslad", "iad", "adaad", "igdm", "pgd_student", "trades_student"],
 ]
 NARROW_LOOPS = [
     *["st", *(f"isd_wot_{loop}" for loop in range(1, 7)), *(f"isd_wot_{loop}_no_dropout" for loop in range(1, 4))],

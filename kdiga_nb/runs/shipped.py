@@ -96,7 +96,7 @@ def pull(scale: str) -> Pulled:
                 packed.unlink()
             record = json.loads((partial / "run.json").read_text())
             for weights in home_of(scale).parents[1].glob(f"*/runs/{source.name}/{WEIGHTS}"):
-                if digest_of(weights) == record["sha256"]:
+                if not (partial / WEIGHTS).exists() and digest_of(weights) == record["sha256"]:
                     shutil.copyfile(weights, partial / WEIGHTS)
             write_json(partial / "run.json", record | {"published": scale})
             partial.rename(target)
