@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kdiga_nb.artifacts.recipes import isd_chain
-from kdiga_nb.report.colors import method_color, metric_colors
+from kdiga_nb.report.colors import method_color, method_styles, metric_colors
 from kdiga_nb.report.names import metric_name
 from kdiga_nb.report.numbers import short, value
 
@@ -117,23 +117,20 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
     figure, panels = plt.subplots(
         1, len(robust), figsize=(4.2 * len(robust) + 2.6, 4.8), layout="constrained", sharey=True, squeeze=False
     )
-    markers = "osD^vP*Xph<>8d"
     handles: dict[str, Any] = {}
     series = _series(table)
+    styles = method_styles([rows[-1] for rows in series.values()])
     for axes, metric in zip(panels[0], robust, strict=True):
         plain_axes(axes)
-        for index, (name, rows) in enumerate(series.items()):
+        for style, (name, rows) in zip(styles, series.items(), strict=True):
             points = _plane_points(table, rows, metric)
             if not points:
                 continue
-            color = method_color(rows[-1], index)
             for _, x, y in points:
-                cross = {"xerr": _whiskers(x), "yerr": _whiskers(y), "fmt": "none", "ecolor": color}
+                cross = {"xerr": _whiskers(x), "yerr": _whiskers(y), "fmt": "none", "ecolor": style["color"]}
                 axes.errorbar(x["value"], y["value"], elinewidth=0.9, alpha=0.35, **cross)
             xs, ys = [x["value"] for _, x, _ in points], [y["value"] for _, _, y in points]
-            (handles[name],) = axes.plot(
-                xs, ys, marker=markers[index % len(markers)], color=color, markersize=7, linewidth=1.2, zorder=3
-            )
+            (handles[name],) = axes.plot(xs, ys, linewidth=1.2, zorder=3, **style)
             for end in (0, -1) if len(points) > 1 else ():  # the numbers of the others would overlap
                 loop = points[end][0].rpartition("_")[2]
                 axes.annotate(loop, (xs[end], ys[end]), (5, 4), textcoords="offset points", fontsize=8, zorder=4)

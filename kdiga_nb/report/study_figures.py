@@ -26,7 +26,7 @@ from kdiga_nb.artifacts.studies import (
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.audit.verdict import Found, sweep
 from kdiga_nb.params import AlignmentParams, IsdSearchParams
-from kdiga_nb.report.colors import label_color, method_color, metric_color
+from kdiga_nb.report.colors import label_color, method_color, method_styles, metric_color
 from kdiga_nb.report.figures import label_points, one_panel, plain_axes
 from kdiga_nb.report.names import metric_name
 from kdiga_nb.report.numbers import results, short, values
@@ -163,21 +163,22 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     numbers = values(table)
     figure, axes = one_panel(10.2, 4.8)
     labels: list[tuple[str, float, float, Any]] = []
-    for index, (kind, (label, _)) in enumerate(WEIGHTED.items()):
+    single = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
+    drawn = (*WEIGHTED, *single)
+    styles = dict(zip(drawn, method_styles(drawn), strict=True))
+    for kind, (label, _) in WEIGHTED.items():
         rows = [(weight, weighted_row(kind, weight)) for weight in weights_of(params, kind)]
         points = [(weight, numbers[row, "clean"], numbers[row, robust]) for weight, row in rows]
         points = [point for point in points if not np.isnan(point[1:]).any()]
         if not points:
             continue
         xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
-        style: dict[str, Any] = {"color": method_color(kind, index), "marker": "o^sDv"[index], "markersize": 6}
-        axes.plot(xs, ys, label=label, linewidth=1.2, **style)
-        labels += [(f"{weight:g}", x, y, style["color"]) for weight, x, y in points]
-    stars = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
-    for row, words in stars.items():
+        axes.plot(xs, ys, label=label, linewidth=1.2, **styles[kind])
+        labels += [(f"{weight:g}", x, y, styles[kind]["color"]) for weight, x, y in points]
+    for row, words in single.items():
         x, y = numbers[row, "clean"], numbers[row, robust]
-        axes.plot(x, y, "*", color="0.2", markersize=10)
-        labels.append((words, x, y, "0.2"))
+        axes.plot(x, y, **styles[row])
+        labels.append((words, x, y, styles[row]["color"]))
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)

@@ -163,8 +163,14 @@ def headline(experiment: Experiment, claim: str, shown: str) -> str:
     sentence, _, ours, _ = lines[claim].cells
     judged = lines[claim].judged
     start = sentence[0].upper() if sentence[0].isascii() else sentence[0]  # λ stays λ
-    finding = textwrap.fill(f"{start}{sentence[1:]}: {lines[claim].verdict}", TITLE_WIDTH, break_on_hyphens=False)
+    finding = _even_lines(f"{start}{sentence[1:]}: {lines[claim].verdict}")
     return f"{finding}\n{'' if judged.number is None else f'{ours} · '}{shown}"
+
+
+def _even_lines(text: str) -> str:
+    """The text in as few lines of ``TITLE_WIDTH`` as it needs, all as short as that number of lines allows."""
+    fills = [textwrap.fill(text, width, break_on_hyphens=False) for width in range(TITLE_WIDTH, TITLE_WIDTH // 2, -1)]
+    return [fill for fill in fills if fill.count("\n") == fills[0].count("\n")][-1]
 
 
 def print_verdicts(experiment: Experiment) -> None:

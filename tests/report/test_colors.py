@@ -1,4 +1,4 @@
-"""One colour and one name per method, in every table and in the explorer."""
+"""One name, colour and marker per method, in every table and in the explorer."""
 
 import pandas as pd
 import pytest
@@ -11,13 +11,14 @@ from kdiga_nb.report.colors import (
     METRICS,
     label_color,
     method_color,
+    method_markers,
     method_of_row,
     metric_color,
     metric_colors,
 )
 
 
-@pytest.mark.parametrize("colors", [[color for _, color in METHODS.values()], list(METRICS.values())])
+@pytest.mark.parametrize("colors", [[color for _, color, _ in METHODS.values()], list(METRICS.values())])
 def test_colors_can_be_told_apart(colors: list[str]) -> None:
     distances = [
         sum((a - b) ** 2 for a, b in zip(to_rgb(one), to_rgb(other), strict=True)) ** 0.5
@@ -37,6 +38,22 @@ def test_every_row_of_table_1_has_the_color_of_its_method(scale: str) -> None:
     assert colors["trades_teacher"] == colors["trades_student"]
     assert len({colors[row] for row in colors if row.startswith("isd_wot") and row != "isd_wot_1_zero"}) == 1
     assert colors["penalty"] != colors["kdiga_zero"] != colors["kd"]
+
+
+@pytest.mark.parametrize("artefact", ["figure1", "baselines", "pareto"])
+def test_markers_are_those_of_the_methods_and_tell_rows_apart(artefact: str) -> None:
+    table = pd.read_csv(paths.published("digits") / f"{artefact}.csv")
+    rows = [row for row in dict.fromkeys(map(str, table["row"])) if not row.startswith("isd_") or row.endswith("_1")]
+    markers = dict(zip(rows, method_markers(rows), strict=True))
+    assert len({(method_of_row(row), marker) for row, marker in markers.items()}) == len(rows)
+    assert all(markers[row] == METHODS[row][2] for row in set(rows) & set(METHODS))
+
+
+def test_a_marker_that_is_taken_is_replaced_by_a_free_one() -> None:
+    first, second, third, no_method = method_markers(["st", "st_long", "kd", "fgsm_at"])
+    assert (first, third) == (METHODS["st"][2], METHODS["kd"][2])
+    assert len({first, second, third, no_method}) == 4
+    assert len(set(method_markers(["st"] * 15))) == 15 and len(method_markers(["st"] * 40)) == 40
 
 
 def test_the_explorer_uses_the_same_names() -> None:

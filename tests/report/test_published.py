@@ -154,5 +154,6 @@ def test_a_figures_title_is_what_a_claim_comes_to(name: str) -> None:
         assert sentence[1:] == f"{claim.claim[1:]}: not measured" and sentence[0].lower() == claim.claim[0].lower()
         assert shown == "digits scale"
         assert max(map(len, finding)) <= TITLE_WIDTH
+        assert min(map(len, finding)) > TITLE_WIDTH // 3  # no word alone in its line
     with pytest.raises(ValueError, match="claim must be one of"):
         headline(experiment, "no_claim", "digits scale")
