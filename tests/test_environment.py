@@ -404,6 +404,7 @@ def test_the_findings_quote_the_published_tables() -> None:
     gains = [digits(row, "pgd20") - digits("kd", "pgd20") for row in ("kdiga_zero", "kdiga")]
     grid = partial(number, "cifar10_cpu", "alignment_or_penalty")
     zero, aligned = ([grid(row, metric) for metric in ("pgd20", "clean")] for row in ("kdiga_zero_0p3", "kdiga_0p3"))
+    weak, fifth = ([grid(row, metric) for metric in ("clean", "pgd20")] for row in ("penalty_0p3", "isd_wot_5"))
     shuffled = [cifar("kdiga_shuffled", metric) for metric in ("pgd20", "autoattack")]
     penalty = [cifar("isd_wot_1_zero", metric) for metric in ("pgd20", "autoattack", "clean")]
     loops = [f"{digits(row, 'pgd20'):.1f}" for row in ("isd_wot_1", "isd_wot_1_zero")]
@@ -428,6 +429,8 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"With the gradients shuffled among the images, {shuffled[0]:.1f} and {shuffled[1]:.1f} % remain of KDIGA's "
         f"{both('cifar10_cpu', 'kdiga')}",
         loops_on_photographs(),
+        f"λ = 0.3 has what the fifth loop has ({weak[0]:.1f} and {fifth[0]:.1f} % clean, {weak[1]:.1f} and "
+        f"{fifth[1]:.1f} % under PGD-20)",
         f"reaches {penalty[0]:.1f} % (AutoAttack {penalty[1]:.1f} %) at {penalty[2]:.1f} % clean",
         f"a loop with either target gives the same: {loops[0]} and {loops[1]} %",
         f"on {lost:.1f} % of the images the radius of KDIGA as published is certainly smaller",
@@ -453,6 +456,10 @@ def test_the_results_page_quotes_the_published_tables() -> None:
     grid = partial(number, "cifar10_cpu", "alignment_or_penalty", "isd_wot_1_10")
     large = [grid(metric) for metric in ("pgd20", "clean")]
     cifar = partial(number, "cifar10_cpu", "table1", metric="clean")
+    fifth, weak, strong, full = (
+        [number("cifar10_cpu", "alignment_or_penalty", row, metric) for metric in ("clean", "pgd20")]
+        for row in ("isd_wot_5", "penalty_0p3", "penalty_3", "penalty_1")
+    )
     rows = ("kd", "kdiga", "kdiga_zero", "kdiga_shuffled")
     kd, kdiga, zero, shuffled = (number("digits", "table1", row, "pgd20") for row in rows)
     sentences = [
@@ -464,6 +471,11 @@ def test_the_results_page_quotes_the_published_tables() -> None:
         f"({fast[0]:.1f} and {fast[1]:.1f} under AutoAttack)",
         f"KD gains {zero - kd:.1f} of KDIGA's {kdiga - kd:.1f} points, with shuffled gradients {shuffled - kd:.1f}",
         f"at λ = 10 has {large[0]:.1f} % under PGD-20, at {large[1]:.1f} % clean",
+        f"The fifth loop has {fifth[0]:.1f} % clean and {fifth[1]:.1f} % under PGD-20, the penalty without a teacher "
+        f"at λ = 0.3 has {weak[0]:.1f} and {weak[1]:.1f} %",
+        f"at λ = 3 has it, {strong[1]:.1f} % at {strong[0]:.1f} % clean",
+        f"at λ = 1 it has {full[1]:.1f} % at {full[0]:.1f} %",
+        f"at λ = 10, has {large[0]:.1f} % at {large[1]:.1f} % clean",
         f"ST has {cifar('st'):.1f} % after the 20 epochs of every row and {cifar('st_long'):.1f} % after 40",
     ]
     assert_sentences(sentences, ROOT / "docs" / "results.md")

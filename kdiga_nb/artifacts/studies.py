@@ -446,6 +446,11 @@ def weights_of(params: AlignmentParams, kind: str) -> list[float]:
     return (params.isd_grid or [params.lambda_isd]) if kind == "isd_wot_1" else params.grid
 
 
+def loop_rows(params: AlignmentParams) -> list[str]:
+    """The row ids of the loops of ISD-WoT, at Table 1's weight."""
+    return [isd_row("isd_wot", loop) for loop in range(1, params.loops + 1)]
+
+
 def nearest_row(kind: str, params: AlignmentParams) -> str:
     """The row id of a kind at the weight of the grid that is closest to ``lambda_iga``."""
     return weighted_row(kind, min(params.grid, key=lambda weight: abs(weight - params.lambda_iga)))
@@ -472,9 +477,9 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     """KDIGA beside its controls over a grid of weights: is the gain the teacher's gradient, or a small gradient?
 
     Every net is measured clean, under PGD and under AutoAttack, the grid and the students of further teachers on every
-    seed. Beside it stand the mean norm of its input gradient and, where there is a robust teacher, the mean cosine to
-    the teacher's gradient. KD, KDIGA and KDIGA with a zero target are also trained from
-    weaker teachers (``teacher_radii``), both kinds of KDIGA at ``lambda_iga``.
+    seed. The loops of ISD-WoT are those of Table 1. Beside the other students stand the mean norm of the input gradient
+    and, where there is a robust teacher, the mean cosine to the teacher's gradient. KD, KDIGA and KDIGA with a zero
+    target are also trained from weaker teachers (``teacher_radii``), both kinds of KDIGA at ``lambda_iga``.
     """
     gradients = Gradients(params.epsilon, params.gradient_images)
     trades = trades_teacher(params)
@@ -489,6 +494,7 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     fixed = table1_runs(params)
     compared = ("kd", "isd_wot_1_zero")
     rows = [row(name, *fixed[name], name in compared) for name in ("st", "kd", "trades_teacher", "isd_wot_1_zero")]
+    rows += [row(name, *fixed[name], False) for name in loop_rows(params)]
     for kind, (label, setting) in WEIGHTED.items():
         for weight in weights_of(params, kind):
             at_weight = params.model_copy(update={setting: weight})

@@ -18,6 +18,7 @@ from kdiga_nb.artifacts.studies import (
     Effect,
     combination_row,
     isd_factors,
+    loop_rows,
     nearest_row,
     taught_row,
     weighted_row,
@@ -158,27 +159,35 @@ def plot_effects(effects: Mapping[str, Sequence[Effect]], title: str) -> Figure:
 def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, title: str) -> Figure:
     """Robust against clean accuracy of every kind of ``WEIGHTED``: one line per kind, one point per weight λ.
 
-    A kind whose line lies above another's is more robust at the same clean accuracy, whatever the weights.
+    A kind whose line lies above another's is more robust at the same clean accuracy, whatever the weights. A dashed
+    line joins the loops of ISD-WoT at Table 1's weight. Nets at chance are not drawn; the figure says how many.
     """
     numbers = values(table)
+
+    def point(row: str) -> tuple[float, float]:
+        clean = numbers[row, "clean"]
+        return (clean, numbers[row, robust]) if clean > 2 * CHANCE else (math.nan, math.nan)
+
     figure, axes = one_panel(10.2, 4.8)
     labels: list[tuple[str, float, float, Any]] = []
     single = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
     drawn = (*WEIGHTED, *single)
     styles = dict(zip(drawn, method_styles(drawn), strict=True))
     for kind, (label, _) in WEIGHTED.items():
-        rows = [(weight, weighted_row(kind, weight)) for weight in weights_of(params, kind)]
-        points = [(weight, numbers[row, "clean"], numbers[row, robust]) for weight, row in rows]
-        points = [point for point in points if not np.isnan(point[1:]).any()]
-        if not points:
-            continue
-        xs, ys = [clean for _, clean, _ in points], [robust_ for _, _, robust_ in points]
-        axes.plot(xs, ys, label=label, linewidth=1.2, **styles[kind])
-        labels += [(f"{weight:g}", x, y, styles[kind]["color"]) for weight, x, y in points]
+        points = {weight: point(weighted_row(kind, weight)) for weight in weights_of(params, kind)}
+        points = {weight: at for weight, at in points.items() if not np.isnan(at).any()}
+        if points:
+            axes.plot(*zip(*points.values(), strict=True), label=label, linewidth=1.2, **styles[kind])
+        labels += [(f"{weight:g}", *at, styles[kind]["color"]) for weight, at in points.items()]
+    loops = [at for at in map(point, loop_rows(params)) if not np.isnan(at).any()]
+    if len(loops) > 1:
+        style = {"color": method_color("isd_wot"), "marker": ".", "linestyle": "--", "linewidth": 1}
+        axes.plot(*zip(*loops, strict=True), label=f"ISD-WoT, loops 1 to {len(loops)}", **style)
     for row, words in single.items():
-        x, y = numbers[row, "clean"], numbers[row, robust]
-        axes.plot(x, y, **styles[row])
-        labels.append((words, x, y, styles[row]["color"]))
+        if not np.isnan(at := point(row)).any():
+            axes.plot(*at, **styles[row])
+            labels.append((words, *at, styles[row]["color"]))
+    _note_collapsed(axes, [accuracy for (_, metric), accuracy in numbers.items() if metric == "clean"])
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")
     axes.set_title(title)
