@@ -438,14 +438,17 @@ def params_command(
 
 
 def _source(target: str, model: str | None, folder: Path | None = None) -> Checkpoint:
-    """The net named on the command line: a file of weights, or the key of a stored run."""
+    """The net named on the command line: a run's key, its folder or its weights, or another file of weights."""
     from kdiga_nb.runs import Checkpoint, StoreError, checkpoints, foreign
-    from kdiga_nb.runs.listing import stored
+    from kdiga_nb.runs.listing import net_in, stored
 
     path = Path(target)
+    if path.is_dir():
+        return net_in(path)
     if path.is_file():
         if model is None:
-            return checkpoints.described(path)
+            of_a_run = path.name == "model.safetensors" and path.with_name("run.json").exists()
+            return net_in(path.parent) if of_a_run else checkpoints.described(path)
         if folder is not None:
             model = f"{foreign.own_net(model)}:{foreign.own_images(folder)}"
             kind = "safetensors" if path.suffix == ".safetensors" else "state_dict"
@@ -469,7 +472,7 @@ def _radius_of(text: str) -> float:
 
 @app.command()
 def audit(
-    target: Annotated[str, typer.Argument(help="A run's key (kdiga runs lists them) or a file of weights.")],
+    target: Annotated[str, typer.Argument(help="A run's key (kdiga runs lists them) or folder, or a file of weights.")],
     model: Annotated[
         str | None,
         typer.Option(help="Net and data set of a file: digits_small:digits; with --data, your own: MODULE:FUNCTION."),

@@ -1,5 +1,6 @@
 """The command: errors in one line that leave everything as it was, and whole reproductions by real processes."""
 
+import gzip
 import json
 import os
 import re
@@ -23,11 +24,12 @@ from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
 from kdiga_nb.cli import app, explorer_at
 from kdiga_nb.data import load_data
+from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.notebooks import ARTEFACTS, load
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
 from kdiga_nb.runs.graph import NO_TRAINING, graph_of
-from kdiga_nb.runs.listing import list_store
+from kdiga_nb.runs.listing import list_store, net_in
 from kdiga_nb.runs.run import ancestors, run_key
 from kdiga_nb.runs.store import is_published, measure
 
@@ -325,6 +327,25 @@ def test_an_audit_ends_in_a_verdict_and_resumes(weights: str):
     assert json.loads(kdiga(*arguments).stdout) == report
     lines = kdiga(*arguments[:-1]).stdout.splitlines()
     assert lines[-1].startswith(report["verdict"]) and any(line.startswith("autoattack") for line in lines)
+
+
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_a_published_net_is_audited_where_it_lies(named: str):
+    weights = min((paths.ROOT / "published" / "digits" / "runs").glob("*/model.safetensors"))
+    result = kdiga("audit", str(weights if named == "file" else weights.parent), "--epsilon", "1/2", "--images", "20")
+    assert result.exit_code == 0, result.output
+    assert "plain PGD 0.0 %" in result.stdout.splitlines()[-1]
+    published = json.loads(gzip.decompress(weights.with_name("measures.json.gz").read_bytes()))
+    recorded = published['{"attack": null, "images": null, "type": "TestAccuracy"}']["percent"]
+    assert abs(measure(net_in(weights.parent), TestAccuracy())["percent"] - recorded) <= 0.4  # another processor
+
+
+def test_a_folder_without_a_net_is_not_audited(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"run": {"model": "digits_small", "dataset": "digits"}, "sha256": "0"}')
+    for folder, says in ((tmp_path, "there is no run.json"), (tmp_path / "run", "this run has no weights")):
+        result = kdiga("audit", str(folder))
+        assert result.exit_code == 2 and says in result.stderr
 
 
 def test_an_audit_of_a_run_that_learned_nothing_stops_and_says_why():

@@ -24,12 +24,27 @@ def stored(key: str) -> Checkpoint:
     homes = [home for home in sorted(paths.runs().glob(f"{key}*/")) if (home / "run.json").exists()]
     if len(homes) != 1:
         raise StoreError(f"{key}: {'no finished run' if not homes else f'{len(homes)} runs'} of the store has that key")
+    return net_in(homes[0])
+
+
+def net_in(home: Path) -> Checkpoint:
+    """The net of a finished run by its folder, in the store or below ``published/``, as a checkpoint.
+
+    Raises:
+        StoreError: the folder has no record of a run, or no weights.
+    """
+    weights = home / "model.safetensors"
     try:
-        record = json.loads((homes[0] / "run.json").read_text())
+        record = json.loads((home / "run.json").read_text())
         name = f"{record['run']['model']}:{record['run']['dataset']}"
-        return Checkpoint(str(homes[0] / "model.safetensors"), record["sha256"], "safetensors", name)
+        net = Checkpoint(str(weights), record["sha256"], "safetensors", name)
+    except FileNotFoundError:
+        raise StoreError(f"{home}: not the folder of a finished run, for there is no run.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{key}: run.json is damaged ({error})") from None
+        raise StoreError(f"{home}: run.json is damaged ({error})") from None
+    if not weights.exists():
+        raise StoreError(f"{home}: this run has no weights; it came without them, and must be trained to be used")
+    return net
 
 
 def export(key: str, path: Path, checks: Mapping[str, Measure]) -> dict[str, Any]:
