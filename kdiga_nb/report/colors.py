@@ -51,7 +51,7 @@ def method_color(row: str, position: int = 0) -> str:
 
 
 def method_markers(rows: Sequence[str]) -> list[str]:
-    """One marker per row of a figure: that of its method, the same in every figure.
+    """One marker per row of a figure: that of its method, so that figures of several scales agree.
 
     A row whose marker another one has, or that is no method, takes a free one. With more rows than markers, a marker
     repeats in another colour.
