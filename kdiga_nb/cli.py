@@ -22,6 +22,7 @@ from kdiga_nb import paths
 if TYPE_CHECKING:
     from kdiga_nb.artifacts.table import Experiment
     from kdiga_nb.notebooks import Summary
+    from kdiga_nb.report import Difference
     from kdiga_nb.runs import Checkpoint
     from kdiga_nb.runs.graph import Job, Outcome
 
@@ -352,6 +353,49 @@ def verify(
     typer.echo(result.text())
     if not result.reproduced:
         raise typer.Exit(1)
+
+
+@app.command("compare")
+def compare_command(
+    artefact: Annotated[str, typer.Argument(help="An artefact that has both rows, e.g. table1.")],
+    row: Annotated[str, typer.Argument(help="A row of it, e.g. kdiga.")],
+    other: Annotated[str, typer.Argument(help="The row that is subtracted, e.g. kd.")],
+    scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the file.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Accuracy of a row minus that of another on the same images and seeds, with a 95 % interval and p.
+
+    p is McNemar's exact test for one seed, a bootstrap over seeds and images for several. The interval is a bootstrap's
+    too, so its last digit may differ in the other order.
+    """
+    from kdiga_nb.artifacts import EVERY
+    from kdiga_nb.params import scales
+    from kdiga_nb.report import compare, heading
+
+    _one_of("--scale", scale, scales())
+    name = _one_of("artefact", artefact, list(EVERY))
+    experiment = _experiments(scale, [name], set_)[1][name]
+    assert experiment is not None  # only the walkthrough has none
+    ids = [each.id for each in experiment.rows]
+    a, b = experiment.row(_one_of("row", row, ids)), experiment.row(_one_of("row", other, ids))
+    theirs = {cell.metric for cell in b.cells}
+    found: dict[str, Difference | str] = {}
+    for metric in (cell.metric for cell in a.cells if cell.is_accuracy and cell.metric in theirs):
+        try:
+            found[metric] = compare(experiment, a.id, b.id, metric)
+        except ValueError as error:
+            found[metric] = str(error)
+    if not found:
+        raise _fail(f"{name}: {a.id} and {b.id} have no accuracy in common")
+    if json_:
+        typer.echo(json.dumps({key: one if isinstance(one, str) else vars(one) for key, one in found.items()}))
+    elif any(not isinstance(one, str) for one in found.values()):
+        lines = [f"  {heading(metric)}: {one}" for metric, one in found.items()]
+        typer.echo("\n".join([f"{a.label} minus {b.label}, {scale}:", *lines]))
+    else:
+        help_ = "kdiga store pull brings published measurements, kdiga reproduce makes your own"
+        raise _fail(f"{name} at {scale}: {next(iter(found.values()))}; {help_}", 1)
 
 
 @app.command()

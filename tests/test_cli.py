@@ -28,6 +28,7 @@ from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.notebooks import ARTEFACTS, load
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
+from kdiga_nb.report.numbers import value as value_of
 from kdiga_nb.runs.graph import NO_TRAINING, graph_of
 from kdiga_nb.runs.listing import list_store, net_in
 from kdiga_nb.runs.run import ancestors, run_key
@@ -111,6 +112,11 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["train", "somewhere/other.yaml", "--artefact", "table1"], "there is no such file"),
         (["train", str(SMOKE)], "--artefact, or a key `artefact` in the file, must be one of figure1"),
         (["train", str(SMOKE), "--artefact", "tabel1"], r"--artefact: must be one of figure1, .*did you mean table1\?"),
+        (["compare", "table1", "kdiga", "kdigo"], r"row: must be one of st, .*mean kdiga\?\), got 'kdigo'"),
+        (["compare", "walkthrough", "st", "kd"], "artefact: must be one of figure1, .*, got 'walkthrough'"),
+        (["compare", "prop2_bound", "st", "kd"], "prop2_bound: st and kd have no accuracy in common"),
+        (["compare", "table1", "st", "kd", "--scale", "digit"], r"--scale: must be .*mean digits\?\), got 'digit'"),
+        (["compare", "table1", "st", "kd", "--set", "lamda_iga=3"], "--set lamda_iga: unknown key"),
         (["params", "table7"], r"artefact: must be one of .*did you mean table\d\?\), got 'table7'"),
         (["params", "table1", "--scale", "cifar"], r"--scale: must be one of .*did you mean cifar10\?\), got 'cifar'"),
     ],
@@ -258,6 +264,27 @@ def test_train_one_row_and_list_it(own_figures: Path):
     assert len(json.loads(kdiga("runs", "--scale", "smoke", "--json").stdout)) == 2
     assert "no runs of that kind" in kdiga("runs", "--scale", "cifar10").stdout
     assert "did you mean" in kdiga("runs", "--method", "trade").stderr
+
+
+def test_two_rows_are_compared_from_the_published_measurements():
+    arguments = ["compare", "table1", "kdiga", "kd", "--scale", "cifar10_cpu"]
+    result = kdiga(*arguments)
+    assert result.exit_code == 1 and "kdiga: clean is not measured; kdiga store pull brings" in result.stderr
+    assert kdiga("store", "pull", "cifar10_cpu").exit_code == 0
+    first, *lines = kdiga(*arguments).stdout.splitlines()
+    assert first == "TRADES teacher → KDIGA → student minus TRADES teacher → KD → student, cifar10_cpu:"
+    assert [line.partition(":")[0].strip() for line in lines] == ["clean", "PGD-20", "AutoAttack"]
+    found = json.loads(kdiga(*arguments, "--json").stdout)
+    table = pd.read_csv(paths.published("cifar10_cpu") / "table1.csv")
+    for metric, n in {"clean": 10_000, "pgd20": 10_000, "autoattack": 1_000}.items():
+        points = value_of(table, "kdiga", metric) - value_of(table, "kd", metric)
+        assert found[metric]["points"] == pytest.approx(points), metric
+        assert found[metric]["low"] < points < found[metric]["high"]
+        assert (found[metric]["n"], found[metric]["seeds"]) == (n, 1)
+    arguments[1] = "robustness_audit"  # no attack of its own was run at this scale
+    lines = kdiga(*arguments[:3], "st", *arguments[4:]).stdout.splitlines()
+    assert "  margin loss: kdiga: margin is not measured" in lines
+    assert lines[-1].startswith("  AutoAttack: +38.7 [")
 
 
 def test_an_empty_store_is_listed_too():

@@ -1,0 +1,122 @@
+"""The differences between rows that docs/results.md states, computed again from the published measurements."""
+
+import re
+
+import pytest
+
+from kdiga_nb import paths
+from kdiga_nb.notebooks import load
+from kdiga_nb.params import parse_override
+from kdiga_nb.report import Difference, compare
+from kdiga_nb.runs import shipped
+
+# Scale, artefact, row, row subtracted, settings; by metric what the page says: points [low, high], p if stated.
+DIFFERENCES = """
+cifar10_cpu table1 kdiga isd_wit_1: clean 0.6 [0.2, 1.0] 0.002; pgd20 1.5 [1.0, 1.9] <
+cifar10_cpu table1 kdiga kd: autoattack 38.7 [35.8, 41.7]
+cifar10_cpu table1 kdiga kdiga_zero: autoattack 14.5 [12.3, 16.8]
+cifar10_cpu table1 kdiga penalty: autoattack 16.8 [14.3, 19.3]
+cifar10_cpu table1 trades_teacher kdiga: autoattack 2.0 [0.6, 3.4]
+cifar10_cpu table1 kdiga kdiga_shuffled: clean 2.3 [1.8, 2.9] <; pgd20 3.5 [2.9, 4.1] <; autoattack 6.3 [4.6, 8.1] <
+cifar10_cpu alignment_or_penalty isd_wot_5 penalty_0p3: clean −0.3 [−0.8, 0.2] 0.31; pgd20 0.2 [−0.2, 0.6] 0.41
+cifar10_cpu alignment_or_penalty penalty_0p3 isd_wot_4: pgd20 0.6 [0.2, 1.0] 0.01
+cifar10_cpu alignment_or_penalty isd_wot_6 penalty_0p3: pgd20 1.2 [0.8, 1.6]
+cifar10_cpu alignment_or_penalty penalty_0p3 isd_wot_6: clean 0.5 [0.0, 1.0] 0.05
+cifar10_short baselines kdiga kd: pgd20 28.8 [26.8, 30.8]; autoattack 20.0 [14.7, 25.5]
+cifar10_short baselines kdiga ard: pgd20 6.3 [4.9, 7.8]; autoattack 5.7 [2.0, 9.5] 0.001
+cifar10_short baselines trades_student kdiga: pgd20 0.7 [−0.8, 2.2] 0.32; autoattack 3.0 [−0.5, 6.5] 0.09
+cifar10_short baselines kd kdiga: clean 14.0 [12.0, 15.9]
+cifar10_short baselines ard kdiga: clean 4.8 [3.0, 6.6]
+cifar10_short baselines kdiga trades_student: clean 7.2 [5.8, 8.6]
+cifar10_short table1 pgd_student kdiga: pgd20 3.2 [1.6, 5.0] <; autoattack 5.0 [0.0, 10.0] 0.08
+cifar10_short table1 kdiga pgd_student: clean 13.0 [11.1, 14.9]
+cifar10_short table1 kdiga_ard_c ard: pgd20 6.7 [5.2, 8.2]; autoattack 5.5 [1.5, 10.0] 0.02
+cifar10_short table1 kdiga_ard_a ard: pgd20 7.6 [6.0, 9.2]; autoattack 7.5 [2.5, 12.5] 0.006
+cifar10_short table1 kdiga_ard_c kdiga: pgd20 0.8 [−0.2, 1.7] 0.17
+cifar10_short table1 kdiga_ard_a kdiga: pgd20 1.7 [0.6, 2.8] 0.004
+cifar10_short baselines kdiga kdiga_zero: pgd20 6.0 [4.9, 7.1] <; autoattack 4.8 [1.2, 8.5] 0.01
+cifar10_short baselines kdiga penalty: pgd20 0.8 [−0.8, 2.3]; autoattack −0.2 [−4.3, 4.0]; clean 11.5 [9.9, 13.1]
+cifar10_short table1 kdiga kdiga_shuffled: pgd20 −0.4 [−1.7, 1.0]; autoattack −0.5 [−4.5, 3.5]; clean 8.0 [6.5, 9.6]
+cifar10_short baselines igdm kdiga: pgd20 4.2 [2.9, 5.5] <; autoattack 8.0 [3.5, 13.0] 0.002
+cifar10_short baselines adaad kdiga: pgd20 1.7 [0.4, 3.0] 0.01
+cifar10_short table1 kdiga pgd_student lambda_iga=3: pgd20 0.9 [−0.7, 2.6]; clean 11.5 [9.7, 13.2]
+cifar10_short table1 kdiga pgd_student lambda_iga=3: autoattack 0.0 [−5.5, 5.5]
+cifar10_short table1 kdiga trades_student lambda_iga=3: pgd20 2.5 [1.0, 4.0] 0.001; autoattack 2.0 [−2.5, 6.5]
+cifar10_short table1 kdiga trades_student lambda_iga=3: clean 6.2 [4.6, 7.8]
+cifar10_short isd_autoattack st isd_wot_6: clean 2.5 [1.1, 3.9]
+cifar10_short isd_autoattack self_kd isd_wot_1: clean 1.8 [0.6, 3.0] 0.005
+cifar10_short isd_autoattack isd_wot_1 isd_wot_1_zero: clean 18.1 [16.0, 20.2]
+cifar10_short table4 isd_wot_6 isd_wot_6_no_dropout: pgd20 0.35 [0.1, 0.7] 0.016
+cifar10_short table4 isd_wit_1_no_dropout isd_wit_1: clean 4.9 [3.6, 6.3]
+cifar10_short table4 isd_wit_1 isd_wit_1_no_dropout: pgd20 −1.0 [−2.3, 0.3]
+cifar10_short table4 isd_wit_3 isd_wit_1: clean 2.0 [0.9, 3.1]; pgd20 −0.4 [−1.5, 0.8]
+cifar10_short table5 kdiga_fgsm fgsm_at: clean 0.1 [−1.3, 1.4]; pgd20 0.8 [−0.5, 2.1] 0.30
+cifar10_short table5 kdiga_fgsm fgsm_at: autoattack 1.5 [−2.5, 5.5] 0.63
+cifar10_short table5 kdiga_fgsm kdiga_plain: pgd20 2.9 [1.3, 4.4] <; autoattack 4.5 [−0.5, 9.5]
+cifar10_short table5 kdiga_plain kdiga_fgsm: clean 10.4 [8.8, 12.1]
+cifar10_short table5 kdiga_fgsm_perturbed fgsm_at: clean 4.0 [2.7, 5.4] <; pgd20 1.1 [−0.3, 2.5]
+cifar10_short table5 kdiga_fgsm_perturbed fgsm_at: autoattack −2.0 [−6.0, 2.0]
+digits table1 kdiga kdiga_zero: pgd20 4.2 [2.2, 6.3] <; autoattack 4.0 [1.2, 7.6]
+digits table1 kdiga penalty: pgd20 5.2 [3.2, 7.6] <; autoattack 8.2 [2.8, 14.8]
+digits table1 isd_wot_1 isd_wot_1_zero: pgd20 0.0 [−0.6, 0.8]
+digits table5 kdiga_fgsm_perturbed fgsm_at: pgd20 2.4 [0.6, 4.2] 0.008
+digits table5 fgsm_at kdiga_fgsm_perturbed: clean 1.2 [0.4, 2.2]
+digits alignment_or_penalty kdiga_zero_from_0 kd_from_0: pgd20 26.6 [19.5, 34.0]
+digits alignment_or_penalty kdiga_from_0 kdiga_zero_from_0: pgd20 0.3 [−1.2, 1.8]; autoattack 1.0 [−1.4, 3.4]
+digits alignment_or_penalty kdiga_zero_from_0p03 kd_from_0p03: pgd20 26.6 [19.3, 34.2]
+digits alignment_or_penalty kdiga_from_0p03 kdiga_zero_from_0p03: pgd20 0.6 [0.0, 1.2] 0.07; autoattack 0.8 [−0.6, 3.0]
+digits alignment_or_penalty kdiga_zero_1p5 kd: pgd20 22.3 [15.7, 29.5]
+digits alignment_or_penalty kdiga_from_0 teacher_from_0: pgd20 15.8 [11.8, 19.9]; autoattack 20.8 [13.4, 28.6]
+digits alignment_or_penalty kdiga_2 kdiga_zero_1p5: pgd20 4.9 [2.7, 7.4]; autoattack 5.2 [2.0, 9.0]
+digits alignment_or_penalty kdiga_2 penalty_2: pgd20 5.9 [3.6, 8.5]; autoattack 9.4 [3.8, 16.6]
+digits baselines rslad kdiga: pgd20 3.7 [2.2, 5.4] <
+digits baselines iad kdiga: pgd20 4.0 [2.4, 5.7] <
+digits baselines adaad kdiga: pgd20 3.4 [1.6, 5.3] <
+digits baselines igdm kdiga: pgd20 4.4 [2.6, 6.4] <
+digits baselines saad kdiga: pgd20 4.9 [3.0, 6.8] <
+digits baselines saad igdm: pgd20 0.5 [−0.8, 2.0]
+digits baselines penalty isd_wot_1: pgd20 3.5 [0.5, 6.9] 0.02
+digits baselines penalty isd_wot_6: pgd20 7.6 [4.6, 10.5]
+"""
+STATED = re.compile(r"(\w+) (−?[\d.]+) \[(−?[\d.]+), (−?[\d.]+)\] ?(<|[\d.]+)?")
+PARTS = (line.partition(": ") for line in DIFFERENCES.strip().split("\n"))
+LINES = [(names.split(), STATED.findall(stated)) for names, _, stated in PARTS]
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def differs(found: Difference, points: str, low: str, high: str, p: str) -> bool:
+    """Whether a comparison differs from what the page says.
+
+    A bootstrap's numbers may differ by one in the last digit, because they depend on the order of the rows.
+    """
+    unit = 10.0 ** -len(p.partition(".")[2])
+    return (
+        abs(found.points - number(points)) > 0.051
+        or max(abs(found.low - number(low)), abs(found.high - number(high))) > 0.151
+        or (p == "<" and found.p >= 0.001)
+        or (p not in ("", "<") and abs(found.p - float(p)) > (0.51 if found.seeds == 1 else 1.01) * unit)
+    )
+
+
+@pytest.mark.parametrize("scale", ["digits", "cifar10_cpu", "cifar10_short"])
+def test_a_stated_difference_is_that_of_the_published_measurements(scale: str) -> None:
+    shipped.pull(scale)
+    page = " ".join((paths.ROOT / "docs" / "results.md").read_text().split()).replace(" points", "")
+    wrong = []
+    for (artefact, row, other, *settings), stated in (
+        (names[1:], stated) for names, stated in LINES if names[0] == scale
+    ):
+        experiment = load(scale, artefact, dict(map(parse_override, settings)))
+        assert experiment is not None
+        for metric, points, low, high, p in stated:
+            found = compare(experiment, row, other, metric)
+            if differs(found, points, low, high, p) or f"{points} [{low}, {high}]" not in page:
+                wrong.append(f"{artefact}, {row} − {other}, {metric}: {points} [{low}, {high}] {p}, and it is {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_number_of_the_table_is_read() -> None:
+    assert sum(len(stated) for _, stated in LINES) == DIFFERENCES.count("[")
