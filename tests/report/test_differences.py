@@ -112,21 +112,50 @@ def differs(found: Difference, points: str, low: str, high: str, p: str) -> bool
     )
 
 
-@pytest.mark.parametrize("scale", ["digits", "cifar10_cpu", "cifar10_short"])
-def test_a_stated_difference_is_that_of_the_published_measurements(scale: str) -> None:
-    shipped.pull(scale)
-    page = " ".join((paths.ROOT / "docs" / "results.md").read_text().split()).replace(" points", "")
-    wrong = []
-    for (artefact, row, other, *settings), stated in (
-        (names[1:], stated) for names, stated in LINES if names[0] == scale
-    ):
-        experiment = load(scale, artefact, dict(map(parse_override, settings)))
-        assert experiment is not None
-        for metric, points, low, high, p in stated:
-            found = compare(experiment, row, other, metric)
-            if differs(found, points, low, high, p) or f"{points} [{low}, {high}]" not in page:
-                wrong.append(f"{artefact}, {row} − {other}, {metric}: {points} [{low}, {high}] {p}, and it is {found}")
+@pytest.fixture(scope="module")
+def page() -> str:
+    return " ".join((paths.ROOT / "docs" / "results.md").read_text().split())
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, tuple[str, ...], Difference]]:
+    """What is compared, what the page says of it, and the comparison."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDIGA_RUNS", str(tmp_path_factory.mktemp("runs")))
+        for scale in ("digits", "cifar10_cpu", "cifar10_short"):
+            shipped.pull(scale)
+        for (scale, artefact, row, other, *settings), stated in LINES:
+            experiment = load(scale, artefact, dict(map(parse_override, settings)))
+            assert experiment is not None
+            for metric, *says in stated:
+                words = f"{scale} {artefact} {row} − {other}, {metric}"
+                found.append((words, tuple(says), compare(experiment, row, other, metric)))
+    return found
+
+
+def test_a_stated_difference_is_that_of_the_published_measurements(
+    page: str, measured: list[tuple[str, tuple[str, ...], Difference]]
+) -> None:
+    page = page.replace(" points", "")
+    wrong = [
+        f"{words}: {says}, and it is {found}"
+        for words, says, found in measured
+        if differs(found, *says) or "{} [{}, {}]".format(*says) not in page
+    ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_how_many_differences_remain_after_correction_for_their_number(
+    page: str, measured: list[tuple[str, tuple[str, ...], Difference]]
+) -> None:
+    """Holm's method: the k-th smallest of n values of p, from 0, is compared with 0.05 / (n − k) until one fails."""
+    values = sorted(found.p for *_, found in measured)
+    n, small = len(values), sum(p < 0.05 for p in values)
+    remain = next(k for k, p in enumerate(values) if p > 0.05 / (n - k))
+    assert values[remain - 1] < 0.00105
+    assert f"{n} differences with an interval, of which {small} have p < 0.05" in page
+    assert f"over all {n}), {remain} do, each with p ≤ 0.001" in page
 
 
 @pytest.mark.parametrize(("choice", "metric", "cost", "stated"), EFFECTS)
