@@ -1,5 +1,6 @@
 """Paired comparisons against closed forms: McNemar's test and the variance of a mean of paired differences."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from kdiga_nb.artifacts.table import Cell, Experiment, Row
 from kdiga_nb.measures import TestAccuracy
 from kdiga_nb.methods import ST
 from kdiga_nb.params import Params, at_scale
-from kdiga_nb.report import compare
+from kdiga_nb.report import compare, differences, holm
 from kdiga_nb.runs.graph import Job
 from kdiga_nb.runs.run import Run, folder, measure_name
 from kdiga_nb.runs.store import write_json
@@ -66,18 +67,51 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert wide.high - wide.low > narrow.high - narrow.low
 
 
+def test_seeds_are_paired_by_their_place_though_some_are_not_measured() -> None:
+    """Seed 1 is measured in both rows: there a is right on 10 images more. Beside seed 2 of b the difference is −50."""
+    a, b = "1" * 50 + "0" * 50, "1" * 40 + "0" * 60
+    found = compare(stored({"a": [None, a, None], "b": [a, b, "1" * 100]}), "a", "b", "clean")
+    assert (found.points, found.seeds) == (pytest.approx(10), 1)
+
+
+def test_holms_correction() -> None:
+    """The smallest of n is multiplied by n, the next by n − 1, …; none falls below one before it, none exceeds 1."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.6, 0.7]) == [1, 1, 1] and holm([]) == []
+
+
+def test_differences_are_marked_before_and_after_correction() -> None:
+    """McNemar's p: 2·2^−12 for 12 images to 0, 2·2^−7 = 0.016 for 7 to 0, 1 for none; three in the table."""
+    base = "1" * 50 + "0" * 50
+    rows: dict[str, list[str | None]] = {"a": [base], "b": ["0" * 12 + base[12:]], "c": ["0" * 7 + base[7:]]}
+    experiment = stored(rows | {"d": [base], "e": [None]})
+    pairs = {"a − b": ("a", "b"), "c − a": ("c", "a"), "a − d": ("a", "d"), "e − a": ("e", "a")}
+    table = differences(experiment, pairs, ["clean"])
+    assert list(table.index) == list(pairs)
+    marked = [text.partition(" [")[0] for text in table["clean"]]
+    assert marked == ["+12.0**", "-7.0**", "+0.0", "not run"]  # 0.016 · 2 = 0.031
+    more = differences(experiment, pairs | {f"a − d, {n}": ("a", "d") for n in range(2)}, ["clean"])
+    assert more["clean"].iloc[1].startswith("-7.0* [")  # 0.016 · 4 = 0.062
+    assert "<small" in table._repr_html_()
+
+
 @pytest.mark.parametrize(
     ("rows", "key", "words"),
     [
         ({"a": ["11"], "b": ["110"]}, "survivors", "a and b were measured on different numbers of images: [2, 3]"),
         ({"a": ["11"], "b": [None]}, "survivors", "b: clean is not measured"),
-        ({"a": ["11", "110"], "b": ["11", "11"]}, "survivors", "a: its seeds were measured on different numbers"),
+        ({"a": ["11", "110"], "b": ["11", "11"]}, "survivors", "different numbers of images: [2, 3]"),
+        (
+            {"a": ["11", None], "b": [None, "11"]},
+            "survivors",
+            "a and b: no seed has clean measured in both",
+        ),
         ({"a": ["11"], "b": ["10"]}, "mask", "a: clean was measured without a mask of survivors; measure again"),
     ],
 )
 def test_rows_that_cannot_be_paired_are_refused(rows: dict[str, list[str | None]], key: str, words: str) -> None:
     experiment = stored(rows, key)
-    with pytest.raises(ValueError, match=words.replace("[", r"\[").replace("]", r"\]")):
+    with pytest.raises(ValueError, match=re.escape(words)):
         compare(experiment, "a", "b", "clean")
     with pytest.raises(KeyError, match="a has no metric pgd20"):
         compare(experiment, "a", "b", "pgd20")
