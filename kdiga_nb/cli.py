@@ -388,14 +388,15 @@ def compare_command(
             found[metric] = str(error)
     if not found:
         raise _fail(f"{name}: {a.id} and {b.id} have no accuracy in common")
-    if json_:
-        typer.echo(json.dumps({key: one if isinstance(one, str) else vars(one) for key, one in found.items()}))
-    elif any(not isinstance(one, str) for one in found.values()):
-        lines = [f"  {heading(metric)}: {one}" for metric, one in found.items()]
-        typer.echo("\n".join([f"{a.label} minus {b.label}, {scale}:", *lines]))
-    else:
+    if all(isinstance(one, str) for one in found.values()):
         help_ = "kdiga store pull brings published measurements, kdiga reproduce makes your own"
         raise _fail(f"{name} at {scale}: {next(iter(found.values()))}; {help_}", 1)
+    if json_:
+        typer.echo(json.dumps({key: one if isinstance(one, str) else vars(one) for key, one in found.items()}))
+        return
+    typer.echo(f"{a.label} minus {b.label}, {scale}:")
+    for metric, one in found.items():
+        typer.echo(f"  {heading(metric)}: {one}")
 
 
 @app.command()
