@@ -150,7 +150,16 @@ DIGITS_ROWS = [
     *["pgd_student", "trades_student", "trades_teacher"],
 ]
 CIFAR_ROWS = [
-    *["st", "st_long", "kd", "kdiga", "trades_teacher", "isd_wit_1", *(f"isd_wot_{loop}" for loop in range(1, 7))],
+    *[
+        "st",
+        "st_long",
+        "kd",
+        "kdiga",
+        "trades_teacher",
+        "isd_wit_1",
+        "isd_wit_2",
+        *(f"isd_wot_{loop}" for loop in range(1, 7)),
+    ],
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]
 README_ROWS = ["st", "kd", "kdiga", "kdiga_zero", "isd_wot_1", "isd_wot_6", "isd_wot_1_zero", "trades_teacher"]

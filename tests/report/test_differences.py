@@ -17,6 +17,9 @@ from kdiga_nb.runs import shipped
 # Scale, artefact, row, row subtracted, settings; by metric what the page says: points [low, high], p if stated.
 DIFFERENCES = """
 cifar10_cpu table1 kdiga isd_wit_1: clean 0.6 [0.2, 1.0] 0.002; pgd20 1.5 [1.0, 1.9] <; autoattack 1.8 [0.6, 3.0] 0.005
+cifar10_cpu table1 isd_wit_2 isd_wit_1: clean 0.7 [0.4, 1.0] <
+cifar10_cpu table1 isd_wit_1 isd_wit_2: pgd20 0.9 [0.6, 1.3] <
+cifar10_cpu table1 kdiga isd_wit_2: pgd20 2.4 [1.9, 2.9] <
 cifar10_cpu table1 kdiga kd: autoattack 38.7 [35.8, 41.7]
 cifar10_cpu table1 kdiga kdiga_zero: autoattack 14.5 [12.3, 16.8]
 cifar10_cpu table1 kdiga penalty: autoattack 16.8 [14.3, 19.3]
