@@ -92,7 +92,7 @@ def test_differences_are_marked_before_and_after_correction() -> None:
     assert marked == ["+12.0**", "-7.0**", "+0.0", "not run"]  # 0.016 · 2 = 0.031
     more = differences(experiment, pairs | {f"a − d, {n}": ("a", "d") for n in range(2)}, ["clean"])
     assert more["clean"].iloc[1].startswith("-7.0* [")  # 0.016 · 4 = 0.062
-    assert "<small" in table._repr_html_()
+    assert "<small" in table._repr_html_()  # pyright: ignore[reportCallIssue]
 
 
 @pytest.mark.parametrize(
