@@ -132,8 +132,10 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
             xs, ys = [x["value"] for _, x, _ in points], [y["value"] for _, _, y in points]
             (handles[name],) = axes.plot(xs, ys, linewidth=1.2, zorder=3, **style)
             for end in (0, -1) if len(points) > 1 else ():  # the numbers of the others would overlap
-                loop = points[end][0].rpartition("_")[2]
-                axes.annotate(loop, (xs[end], ys[end]), (5, 4), textcoords="offset points", fontsize=8, zorder=4)
+                loop, beside = points[end][0].rpartition("_")[2], 1 if end == 0 else -2
+                away = (7 if xs[end] >= xs[beside] else -7, 7 if ys[end] >= ys[beside] else -7)
+                options = {"ha": "center", "va": "center", "fontsize": 8, "zorder": 4, "color": style["color"]}
+                axes.annotate(loop, (xs[end], ys[end]), away, textcoords="offset points", **options)
         axes.set_xlabel("clean accuracy (%)")
         axes.set_title(metric_name(metric), fontsize=10)
     panels[0][0].set_ylabel("robust accuracy (%)")

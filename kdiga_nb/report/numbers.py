@@ -74,7 +74,7 @@ def _empty(row: Row, metric: str) -> dict[str, Any]:
 
 def _line(row: Row, cell: Cell) -> dict[str, Any]:
     line = _empty(row, cell.metric) | {"reported": row.reported.get(cell.metric, math.nan)}
-    results = _stored(cell)
+    results = list(stored(cell).values())
     if not results or len(results) < sum(job.measure is not None for job in cell.jobs):
         return line
     n = int(results[0]["n"])
@@ -83,10 +83,10 @@ def _line(row: Row, cell: Cell) -> dict[str, Any]:
     return line | {"value": value, "low": low, "high": high, "n": n, "seeds": len(results), "runs": keys}
 
 
-def _stored(cell: Cell) -> list[dict[str, Any]]:
-    """The results of a cell that the store has."""
-    results = [measured(job.run, job.measure, reference=job.reference) for job in cell.jobs if job.measure]
-    return [result for result in results if result is not None]
+def stored(cell: Cell) -> dict[int, dict[str, Any]]:
+    """The results of a cell that the store has, by the place of their seed in the row."""
+    results = [job.measure and measured(job.run, job.measure, reference=job.reference) for job in cell.jobs]
+    return {place: result for place, result in enumerate(results) if result is not None}
 
 
 def value(table: pd.DataFrame, row: str, metric: str) -> float:
@@ -178,7 +178,7 @@ def results(row: Row, metric: str) -> list[dict[str, Any]]:
     """
     for cell in row.cells:
         if cell.metric == metric:
-            return _stored(cell)
+            return list(stored(cell).values())
     raise KeyError(f"{row.id} has no metric {metric}")
 
 

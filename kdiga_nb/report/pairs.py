@@ -10,8 +10,8 @@ from scipy.stats import binomtest
 
 from kdiga_nb.artifacts.table import Experiment
 from kdiga_nb.report.names import heading
+from kdiga_nb.report.numbers import stored
 from kdiga_nb.report.tables import shown
-from kdiga_nb.runs.store import measured
 
 RESAMPLES = 10_000
 
@@ -87,9 +87,7 @@ def compare(experiment: Experiment, a: str, b: str, metric: str) -> Difference:
 
 def _stored(experiment: Experiment, name: str, metric: str) -> dict[int, dict[str, Any]]:
     """Seed, by its place in the row -> the result in the store; empty if the row has no such metric."""
-    jobs = next((cell.jobs for cell in experiment.row(name).cells if cell.metric == metric), ())
-    found = [job.measure and measured(job.run, job.measure, reference=job.reference) for job in jobs]
-    return {place: result for place, result in enumerate(found) if result is not None}
+    return next((stored(cell) for cell in experiment.row(name).cells if cell.metric == metric), {})
 
 
 def _masks(experiment: Experiment, name: str, metric: str) -> dict[int, np.ndarray]:
