@@ -119,11 +119,13 @@ def plot_plane(table: pd.DataFrame, robust: Sequence[str], title: str) -> Figure
     )
     handles: dict[str, Any] = {}
     series = _series(table)
-    styles = method_styles([rows[-1] for rows in series.values()])
+    # Rows without numbers come last, so that none takes the marker of a row that is drawn.
+    chosen = sorted(series, key=lambda name: not any(_plane_points(table, series[name], metric) for metric in robust))
+    styles = dict(zip(chosen, method_styles([series[name][-1] for name in chosen]), strict=True))
     for axes, metric in zip(panels[0], robust, strict=True):
         plain_axes(axes)
-        for style, (name, rows) in zip(styles, series.items(), strict=True):
-            points = _plane_points(table, rows, metric)
+        for name, rows in series.items():
+            style, points = styles[name], _plane_points(table, rows, metric)
             if not points:
                 continue
             for _, x, y in points:
