@@ -20,6 +20,11 @@ cifar10_cpu table1 kdiga isd_wit_1: clean 0.6 [0.2, 1.0] 0.002; pgd20 1.5 [1.0, 
 cifar10_cpu table1 isd_wit_2 isd_wit_1: clean 0.7 [0.4, 1.0] <
 cifar10_cpu table1 isd_wit_1 isd_wit_2: pgd20 0.9 [0.6, 1.3] <
 cifar10_cpu table1 kdiga isd_wit_2: pgd20 2.4 [1.9, 2.9] <
+cifar10_cpu table1 pgd_student kdiga: pgd20 1.8 [1.2, 2.4] <; autoattack 1.8 [−0.1, 3.6] 0.07
+cifar10_cpu table1 kdiga pgd_student: clean 2.5 [1.9, 3.0] <
+cifar10_cpu table1 kdiga pgd_student lambda_iga=3: clean 0.8 [0.2, 1.3] 0.005; pgd20 −0.2 [−0.8, 0.4] 0.50
+cifar10_cpu table1 trades_teacher pgd_student: clean 0.4 [−0.2, 1.0] 0.20; pgd20 0.0 [−0.6, 0.7] 0.93
+cifar10_cpu table1 trades_teacher pgd_student: autoattack 0.2 [−1.8, 2.1] 0.92
 cifar10_cpu table1 kdiga kd: autoattack 38.7 [35.8, 41.7]
 cifar10_cpu table1 kdiga kdiga_zero: autoattack 14.5 [12.3, 16.8]
 cifar10_cpu table1 kdiga penalty: autoattack 16.8 [14.3, 19.3]
