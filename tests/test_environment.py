@@ -365,6 +365,11 @@ def test_the_table_of_later_distillations_on_photographs_is_the_committed_result
     steps = [f"{relative_cost(experiment.row(row).runs[0]):.1f}" for row in NARROW_ROWS]
     expected = [[*line, step] for line, step in zip(lines, steps, strict=True)]
     assert_table("docs/results.md", "| method, narrow student |", expected)
+    clean, pgd, autoattack = (
+        number("cifar10_short", "baselines", "trades_teacher", m) for m in ("clean", "pgd20", "autoattack")
+    )
+    teacher = f"the teacher has {clean:.1f} % clean, {pgd:.1f} % under PGD-20 and {autoattack:.1f} % under AutoAttack"
+    assert_sentences([teacher], ROOT / "docs" / "results.md")
 
 
 def test_the_table_of_loops_in_short_trainings_is_the_committed_result() -> None:
@@ -402,7 +407,7 @@ def test_the_audit_in_short_trainings_is_the_committed_result() -> None:
 
 def test_the_table_of_fgsm_on_photographs_is_the_committed_result() -> None:
     columns = ["clean, ours", "pgd20, ours", "autoattack, ours"]
-    rows = ["kdiga_fgsm", "kdiga_fgsm_perturbed", "fgsm_at", "kdiga_plain"]
+    rows = ["kdiga_fgsm", "kdiga_fgsm_random", "kdiga_fgsm_perturbed", "fgsm_at", "kdiga_plain"]
     assert_table("docs/results.md", "| row of Table 5, narrow", quoted("cifar10_short", rows, columns, "table5"))
 
 
@@ -646,7 +651,7 @@ def test_what_the_last_members_of_autoattack_find_is_quoted_as_published() -> No
     images, left, fab, square = counts
     sentences = [
         f"{nets[0]} published measurements of digits nets and {nets[1]} of CIFAR-10 nets, {left:,} of {images:,} "
-        f"images are still right after APGD-T; FAB-T then changes {fab} verdicts, Square {square}"
+        f"images are still right after APGD-T; FAB-T then changes {fab} of these verdicts, Square {square}"
     ]
     assert_sentences(sentences, ROOT / "docs" / "speed.md")
 

@@ -68,6 +68,10 @@ cifar10_short table5 kdiga_fgsm kdiga_plain: pgd20 2.9 [1.3, 4.4] <; autoattack 
 cifar10_short table5 kdiga_plain kdiga_fgsm: clean 10.4 [8.8, 12.1]
 cifar10_short table5 kdiga_fgsm_perturbed fgsm_at: clean 4.0 [2.7, 5.4] <; pgd20 1.1 [−0.3, 2.5]
 cifar10_short table5 kdiga_fgsm_perturbed fgsm_at: autoattack −2.0 [−6.0, 2.0]
+cifar10_short table5 kdiga_fgsm_random kdiga_fgsm: clean 0.7 [−0.1, 1.5] 0.12; pgd20 −0.7 [−1.7, 0.2] 0.17
+cifar10_short table5 kdiga_fgsm_random kdiga_fgsm: autoattack −1.0 [−3.0, 1.0] 0.63
+cifar10_short table1 trades_teacher kdiga: pgd20 16.8 [14.9, 18.6] <; autoattack 21.0 [15.0, 27.0] <
+cifar10_short table1 trades_teacher kdiga: clean 13.8 [12.0, 15.6] <
 digits table1 kdiga kdiga_zero: pgd20 4.2 [2.2, 6.3] <; autoattack 4.0 [1.2, 7.6]
 digits table1 kdiga penalty: pgd20 5.2 [3.2, 7.6] <; autoattack 8.2 [2.8, 14.8]
 digits table1 isd_wot_1 isd_wot_1_zero: pgd20 0.0 [−0.6, 0.8]
