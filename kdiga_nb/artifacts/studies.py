@@ -493,7 +493,8 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     every_seed = params.model_copy(update={"autoattack_seeds": len(params.seeds)})
     fixed = table1_runs(params)
     compared = ("kd", "isd_wot_1_zero")
-    rows = [row(name, *fixed[name], name in compared) for name in ("st", "kd", "trades_teacher", "isd_wot_1_zero")]
+    single = ("st", "kd", "pgd_student", "trades_teacher", "isd_wot_1_zero")
+    rows = [row(name, *fixed[name], name in compared) for name in single]
     rows += [row(name, *fixed[name], False) for name in loop_rows(params)]
     for kind, (label, setting) in WEIGHTED.items():
         for weight in weights_of(params, kind):

@@ -36,6 +36,8 @@ def plain_axes(axes: Axes) -> None:
 def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], size: float = 8) -> None:
     """Write a text beside each point, where it hides no line, marker or other text, as far as there is such a place.
 
+    Nor may it stand nearer to another point of its colour.
+
     Args:
         labels: text, x, y and colour of each; call this when everything else is drawn.
     """
@@ -52,7 +54,8 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], si
     frame, taken = axes.get_window_extent(), []
     directions = [(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)]
     sides = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
-    for text, x, y, color in sorted(labels, key=lambda label: -len(label[0])):  # long ones have the fewest places
+    for label in sorted(labels, key=lambda label: -len(label[0])):  # long ones have the fewest places
+        text, x, y, color = label
         choices = []
         for distance in (5, 10, 16):
             for right, up in directions:
@@ -72,8 +75,12 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], si
                     (obstacles > (box.x0 - unit, box.y0 - unit)) & (obstacles < (box.x1 + unit, box.y1 + unit))
                 ).all(1)
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+                centre = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
+                away = {other: float(np.linalg.norm(centre - to_pixels(other[1:3]))) for other in labels}
+                mistaken = sum(away[other] < away[label] for other in labels if other[3] == label[3])
                 cost = (
                     over.sum()
+                    + 100 * mistaken
                     + 1000 * sum(box.padded(3 * unit).overlaps(other) for other in taken)
                     + 1000 * outside
                     + distance / 100

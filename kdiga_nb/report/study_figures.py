@@ -169,8 +169,15 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
         return (clean, numbers[row, robust]) if clean > 2 * CHANCE else (math.nan, math.nan)
 
     figure, axes = one_panel(10.2, 4.8)
+    axes.margins(y=0.12)  # the most robust nets crowd the upper edge: room for their labels
     labels: list[tuple[str, float, float, Any]] = []
-    single = {"st": "ST", "kd": "KD", "trades_teacher": "the teacher", "isd_wot_1_zero": "ISD-WoT-1, zero target"}
+    single = {
+        "st": "ST",
+        "kd": "KD",
+        "pgd_student": "PGD AT",
+        "trades_teacher": "the teacher",
+        "isd_wot_1_zero": "ISD-WoT-1, zero target",
+    }
     drawn = (*WEIGHTED, *single)
     styles = dict(zip(drawn, method_styles(drawn), strict=True))
     for kind, (label, _) in WEIGHTED.items():
@@ -185,8 +192,7 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
         axes.plot(*zip(*loops, strict=True), label=f"ISD-WoT, loops 1 to {len(loops)}", **style)
     for row, words in single.items():
         if not np.isnan(at := point(row)).any():
-            axes.plot(*at, **styles[row])
-            labels.append((words, *at, styles[row]["color"]))
+            axes.plot(*at, label=words, **{**styles[row], "linestyle": "none"})
     _note_collapsed(axes, [accuracy for (_, metric), accuracy in numbers.items() if metric == "clean"])
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {metric_name(robust)} (%)")

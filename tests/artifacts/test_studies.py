@@ -359,11 +359,11 @@ def test_students_of_weaker_teachers_differ_from_table_1_only_in_their_teacher()
     assert standard.model == weak.model == found.params.teacher and standard.schedule == weak.schedule
 
 
-def test_the_loops_beside_the_penalties_are_those_of_table_1() -> None:
+def test_the_loops_and_pgd_training_beside_the_penalties_are_those_of_table_1() -> None:
     found, table1 = (study("digits", name) for name in ("alignment_or_penalty", "table1"))
     assert isinstance(found.params, AlignmentParams)
     assert len(loop_rows(found.params)) == found.params.loops == 6
-    for row in loop_rows(found.params):
+    for row in [*loop_rows(found.params), "pgd_student"]:
         assert found.row(row).runs == table1.row(row).runs
 
 
@@ -374,7 +374,7 @@ def test_nets_at_chance_are_counted_and_not_drawn() -> None:
     (axes,) = plots.plot_weights(table, found.params, "pgd20", "title").axes
     assert "not shown: 1 net at chance (10 %)" in [text.get_text() for text in axes.texts]
     points = {line.get_label(): np.size(line.get_xdata()) for line in axes.lines}
-    assert (points["ISD-WoT-1"], points["ISD-WoT, loops 1 to 6"]) == (2, 6)
+    assert (points["ISD-WoT-1"], points["ISD-WoT, loops 1 to 6"], points["PGD AT"]) == (2, 6, 1)
 
 
 def test_weaker_teachers_are_measured_and_drawn(tmp_path: Path) -> None:

@@ -26,6 +26,21 @@ def test_labels_of_points_stay_apart_and_off_the_lines() -> None:
     plt.close(figure)
 
 
+def test_a_label_stands_nearest_to_its_own_point() -> None:
+    """Three points closer together than a label is wide, above them the frame: the CIFAR-10 nets under PGD-20."""
+    figure, axes = one_panel(10.2, 4.8)
+    points = {"10": (75.0, 44.5), "3": (75.9, 44.3), "1": (77.5, 42.7), "0.3": (80.7, 35.5)}
+    axes.plot(*zip(*points.values(), strict=True), "*-", markersize=10)
+    axes.plot([90, 30], [0, 47], "o", linestyle="none")
+    label_points(axes, [(text, *point, "0.2") for text, point in points.items()])
+    places = {text: axes.transData.transform(point) for text, point in points.items()}
+    for label in axes.texts:
+        box = label.get_window_extent()
+        centre = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
+        assert min(places, key=lambda text: float(np.linalg.norm(places[text] - centre))) == label.get_text()
+    plt.close(figure)
+
+
 @pytest.mark.parametrize(
     ("points", "labels"),
     [
