@@ -61,7 +61,7 @@ notebooks: $(VENV)/.installed ## Execute the committed notebooks in place, at th
 
 publish: ## For maintainers: copy figures/SCALE to published/SCALE
 	mkdir -p published/$(SCALE)
-	cp figures/$(SCALE)/*.csv figures/$(SCALE)/*.json figures/$(SCALE)/*.png figures/$(SCALE)/*.svg published/$(SCALE)/
+	cp figures/$(SCALE)/*.csv figures/$(SCALE)/*.json figures/$(SCALE)/*.png published/$(SCALE)/
 	if [ "$(SCALE)" = digits ]; then $(BIN)/kdiga explorable published/digits/explorable.html; fi
 
 constraints: $(VENV)/.installed-test ## For maintainers: write the versions of .venv to constraints.txt

@@ -112,7 +112,7 @@ def test_every_published_table_has_its_figure_and_provenance(scale: str) -> None
     names = {path.name for path in paths.published(scale).iterdir()}
     tables = {name.removesuffix(".csv") for name in names if name.endswith(".csv")}
     assert tables
-    assert {f"{table}.{kind}" for table in tables for kind in ("png", "svg", "json")} <= names
+    assert {f"{table}.{kind}" for table in tables for kind in ("png", "json")} <= names
 
 
 def test_plain_pgd_overstates_the_published_audit_of_one_net_alone() -> None:
