@@ -23,12 +23,13 @@ cifar10_cpu table1 kdiga isd_wit_2: pgd20 2.4 [1.9, 2.9] <
 cifar10_cpu table1 pgd_student kdiga: pgd20 1.8 [1.2, 2.4] <; autoattack 1.8 [−0.1, 3.6] 0.07
 cifar10_cpu table1 kdiga pgd_student: clean 2.5 [1.9, 3.0] <
 cifar10_cpu table1 kdiga pgd_student lambda_iga=3: clean 0.8 [0.2, 1.3] 0.005; pgd20 −0.2 [−0.8, 0.4] 0.50
-cifar10_cpu table1 ard kd: pgd20 33.9 [33.0, 34.8] <
-cifar10_cpu table1 kdiga ard: pgd20 8.7 [8.0, 9.4] <
+cifar10_cpu table1 ard kd: pgd20 33.9 [33.0, 34.8] <; autoattack 27.7 [25.0, 30.5] <
+cifar10_cpu table1 kdiga ard: pgd20 8.7 [8.0, 9.4] <; autoattack 11.0 [8.8, 13.2] <
 cifar10_cpu table1 ard kdiga: clean 7.1 [6.6, 7.7] <
 cifar10_cpu table1 kdiga ard lambda_iga=0.3: pgd20 1.6 [1.0, 2.1] <
 cifar10_cpu table1 ard kdiga lambda_iga=0.3: clean 4.0 [3.5, 4.5] <
 cifar10_cpu table1 ard kdiga_zero: clean 3.2 [2.6, 3.7] <; pgd20 2.5 [1.9, 3.1] <
+cifar10_cpu table1 ard kdiga_zero: autoattack 3.5 [1.8, 5.3] <
 cifar10_cpu table1 trades_teacher pgd_student: clean 0.4 [−0.2, 1.0] 0.20; pgd20 0.0 [−0.6, 0.7] 0.93
 cifar10_cpu table1 trades_teacher pgd_student: autoattack 0.2 [−1.8, 2.1] 0.92
 cifar10_cpu table1 kdiga kd: autoattack 38.7 [35.8, 41.7]
