@@ -433,9 +433,9 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"is {both('digits', 'kd')} for KD, {both('digits', 'kdiga')} for KDIGA, {both('digits', 'trades_teacher')} "
         "for the teacher",
         f"(PGD-20, 3 seeds) KDIGA is {above:.1f} points above ARD and {below:.1f} below its teacher",
-        f"is {ard[0]:.1f} points less robust (AutoAttack: {ard[1]:.1f}) and {ard[2]:.1f} more accurate",
-        f"PGD AT of the student is {pgd} points more robust under PGD-20 and AutoAttack (there p = 0.07) and {clean} "
-        "less accurate",
+        f"is {ard[0]:.1f} points less robust than KDIGA under PGD-20 (AutoAttack: {ard[1]:.1f}) and {ard[2]:.1f} more "
+        f"accurate. PGD AT of the student is {pgd} more robust under both (AutoAttack: p = 0.07) and {clean} less "
+        "accurate;",
         f"(with 40, ST has {cifar('st_long', 'clean'):.1f} % clean)",
         f"(AutoAttack: {cifar('isd_wot_6', 'autoattack'):.1f} %)",
         f"KD gains {gains[0]:.1f} of KDIGA's {gains[1]:.1f} points on the digits",
