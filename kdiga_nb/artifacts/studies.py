@@ -434,6 +434,14 @@ WEIGHTED = {
     "penalty": ("gradient penalty, no teacher", "lambda_penalty"),
     "isd_wot_1": ("ISD-WoT-1", "lambda_isd"),
 }
+# Table 1's rows beside the grid -> what a reader sees.
+SINGLE = {
+    "st": "ST",
+    "kd": "KD",
+    "pgd_student": "PGD AT",
+    "trades_teacher": "the teacher",
+    "isd_wot_1_zero": "ISD-WoT-1, zero target",
+}
 
 
 def weighted_row(kind: str, weight: float) -> str:
@@ -493,8 +501,7 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
     every_seed = params.model_copy(update={"autoattack_seeds": len(params.seeds)})
     fixed = table1_runs(params)
     compared = ("kd", "isd_wot_1_zero")
-    single = ("st", "kd", "pgd_student", "trades_teacher", "isd_wot_1_zero")
-    rows = [row(name, *fixed[name], name in compared) for name in single]
+    rows = [row(name, *fixed[name], name in compared) for name in SINGLE]
     rows += [row(name, *fixed[name], False) for name in loop_rows(params)]
     for kind, (label, setting) in WEIGHTED.items():
         for weight in weights_of(params, kind):

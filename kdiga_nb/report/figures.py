@@ -56,6 +56,7 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], si
     sides = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
     for label in sorted(labels, key=lambda label: -len(label[0])):  # long ones have the fewest places
         text, x, y, color = label
+        alike = [other for other in labels if other[3] == color]
         choices = []
         for distance in (5, 10, 16):
             for right, up in directions:
@@ -75,12 +76,11 @@ def label_points(axes: Axes, labels: Sequence[tuple[str, float, float, Any]], si
                     (obstacles > (box.x0 - unit, box.y0 - unit)) & (obstacles < (box.x1 + unit, box.y1 + unit))
                 ).all(1)
                 outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-                centre = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2])
-                away = {other: float(np.linalg.norm(centre - to_pixels(other[1:3]))) for other in labels}
-                mistaken = sum(away[other] < away[label] for other in labels if other[3] == label[3])
+                centre = np.array([box.x0 + box.x1, box.y0 + box.y1]) / 2
+                away = [float(np.linalg.norm(to_pixels(other[1:3]) - centre)) for other in alike]
                 cost = (
                     over.sum()
-                    + 100 * mistaken
+                    + 100 * sum(other < away[alike.index(label)] for other in away)
                     + 1000 * sum(box.padded(3 * unit).overlaps(other) for other in taken)
                     + 1000 * outside
                     + distance / 100

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from kdiga_nb.artifacts.recipes import isd_row
 from kdiga_nb.artifacts.reported import TABLE1
 from kdiga_nb.artifacts.studies import (
+    SINGLE,
     TAUGHT,
     WEIGHTED,
     Effect,
@@ -171,14 +172,7 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     figure, axes = one_panel(10.2, 4.8)
     axes.margins(y=0.12)  # the most robust nets crowd the upper edge: room for their labels
     labels: list[tuple[str, float, float, Any]] = []
-    single = {
-        "st": "ST",
-        "kd": "KD",
-        "pgd_student": "PGD AT",
-        "trades_teacher": "the teacher",
-        "isd_wot_1_zero": "ISD-WoT-1, zero target",
-    }
-    drawn = (*WEIGHTED, *single)
+    drawn = (*WEIGHTED, *SINGLE)
     styles = dict(zip(drawn, method_styles(drawn), strict=True))
     for kind, (label, _) in WEIGHTED.items():
         points = {weight: point(weighted_row(kind, weight)) for weight in weights_of(params, kind)}
@@ -190,7 +184,7 @@ def plot_weights(table: pd.DataFrame, params: AlignmentParams, robust: str, titl
     if len(loops) > 1:
         style = {"color": method_color("isd_wot"), "marker": ".", "linestyle": "--", "linewidth": 1}
         axes.plot(*zip(*loops, strict=True), label=f"ISD-WoT, loops 1 to {len(loops)}", **style)
-    for row, words in single.items():
+    for row, words in SINGLE.items():
         if not np.isnan(at := point(row)).any():
             axes.plot(*at, label=words, **{**styles[row], "linestyle": "none"})
     _note_collapsed(axes, [accuracy for (_, metric), accuracy in numbers.items() if metric == "clean"])
