@@ -182,6 +182,7 @@ def cell_of(metric: str, runs: Nets, measure: Measure) -> Cell:
 
 
 LATER = ("rslad", "iad", "adaad", "igdm", "saad")  # rows of the distillations since the paper
+PENALTIES = ("kdiga_zero", "penalty")  # controls: a small input gradient that is not the teacher's
 ISD = {"isd_wot": "ISD-WoT", "isd_wit": "ISD-WiT"}  # chain -> name that a reader sees
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from kdiga_nb.artifacts.recipes import (
+    PENALTIES,
     accuracy_cells,
     autoattack_cells,
     cell_of,
@@ -216,14 +217,14 @@ def prop1_certified(params: Prop1Params) -> Experiment:
 
 
 def prop2_bound(params: Prop2Params) -> Experiment:
-    """Proposition 2 for every image: four students of the TRADES teacher of the first seed."""
+    """Proposition 2, image by image: four students of the TRADES teacher of the first seed, and two penalties."""
     runs = table1_runs(params)
     teacher = runs["trades_teacher"][1][:1]
     measure = ImageBounds(params.epsilon, params.bound_images, params.llm_steps)
     keys = ["gap", "bound", "bound_tight", "bound_l2", "violations", "violations_tight", "violations_l2"]
     keys += ["llm_student", "llm_teacher", "ce_sum", "ce_difference", "distance_l1", "distance_l2", "tightness"]
     rows = []
-    for name in ("st", "kd", "kdiga", "ard"):
+    for name in ("st", "kd", "kdiga", "ard", *PENALTIES):
         label, students = runs[name]
         cells = tuple(_compared(key, students[:1], measure, teacher, key) for key in (*keys, "tightness_tight"))
         rows.append(Row(name, label, trained_runs(students[:1]), cells))

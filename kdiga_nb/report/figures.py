@@ -17,6 +17,7 @@ from kdiga_nb.report.names import metric_name
 from kdiga_nb.report.numbers import short, value
 
 PALETTE = sns.color_palette("colorblind")
+ENLARGED = 5  # a bar that many times as long as the next one leaves the others too short to read
 
 
 def one_panel(width: float, height: float) -> tuple[Figure, Axes]:
@@ -259,26 +260,41 @@ def plot_epsilon(table: pd.DataFrame, attack: str, rows: Sequence[str], title: s
 
 
 def plot_bounds(table: pd.DataFrame, title: str) -> Figure:
-    """Table 3 as a figure: the terms of Proposition 2's mean bound as stacked bars, and the mean measured gap."""
-    figure, axes = one_panel(7.6, 4.4)
+    """Table 3 as a figure: the terms of Proposition 2's mean bound as stacked bars, and the mean measured gap.
+
+    Where one bar is far longer than all others, a second panel enlarges the others.
+    """
     rows = list(dict.fromkeys(table["row"][(table["metric"] == "bound") & table["value"].notna()]))
-    parts = {
-        "γ_s, student's LLM": lambda row: value(table, row, "llm_eps"),
-        "γ_t, teacher's LLM": lambda row: value(table, row, "llm_eps_teacher"),
-        "CE_s + CE_t": lambda row: value(table, row, "cross_entropy") + value(table, row, "cross_entropy_teacher"),
-    }
-    base = np.zeros(len(rows))
-    for index, (name, term) in enumerate(parts.items()):
-        heights = np.array([term(row) for row in rows])
-        axes.bar(range(len(rows)), heights, 0.6, bottom=base, color=PALETTE[index], label=name)
-        base += heights
     total = np.array([value(table, row, "bound") for row in rows])
-    axes.bar(range(len(rows)), total - base, 0.6, bottom=base, color=PALETTE[3], label="ε‖g_s − g_t‖₁")
+    longest = sorted(total)[-2:]
+    enlarged = len(longest) == 2 and longest[1] > ENLARGED * longest[0]
+    size = (10.4 if enlarged else 7.6, 1.6 + 0.42 * len(rows))
+    figure, grid = plt.subplots(1, 1 + enlarged, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    parts = {
+        "γ_s, student's LLM": ["llm_eps"],
+        "γ_t, teacher's LLM": ["llm_eps_teacher"],
+        "CE_s + CE_t": ["cross_entropy", "cross_entropy_teacher"],
+    }
+    lengths = {name: np.array([sum(value(table, row, m) for m in ms) for row in rows]) for name, ms in parts.items()}
+    lengths["ε‖g_s − g_t‖₁"] = total - sum(lengths.values())
     gaps = [value(table, row, "gap") for row in rows]
-    axes.plot(range(len(rows)), gaps, "k_", markersize=26, markeredgewidth=2, label="measured gap")
+    places = range(len(rows))
+    for axes in grid[0]:
+        plain_axes(axes)
+        base = np.zeros(len(rows))
+        for color, (name, length) in zip(PALETTE, lengths.items(), strict=False):
+            axes.barh(places, length, 0.6, left=base, color=color, label=name)
+            base += length
+        axes.plot(gaps, places, "k|", markersize=16, markeredgewidth=2, label="measured gap")
+        axes.set_xlabel("nats, mean over the test images")
     labels = [short(str(table[table["row"] == row]["label"].iloc[0])) for row in rows]
-    axes.set_xticks(range(len(rows)), labels, fontsize=8)
-    axes.set_ylabel("nats, mean over the test images")
-    axes.set_title(title)
-    axes.legend(fontsize=8, frameon=False)
+    grid[0, 0].set_yticks(places, labels, fontsize=9)
+    grid[0, 0].invert_yaxis()
+    if enlarged:
+        grid[0, 1].set_xlim(0, 1.08 * longest[0])
+        grid[0, 1].set_title("enlarged", fontsize=10)
+    figure.suptitle(title)
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9, frameon=False
+    )
     return figure

@@ -288,8 +288,21 @@ def test_the_terms_of_the_bound_are_drawn_for_measured_rows_alone():
     (axes,) = report.plot_bounds(table[table["row"] == first], "title").axes
     table.loc[table["row"].isin(others), "value"] = float("nan")
     (same,) = report.plot_bounds(table, "title").axes
-    assert [text.get_text() for text in same.get_xticklabels()] == [text.get_text() for text in axes.get_xticklabels()]
+    assert [text.get_text() for text in same.get_yticklabels()] == [text.get_text() for text in axes.get_yticklabels()]
     assert len(same.patches) == len(axes.patches) == 4
+
+
+@pytest.mark.parametrize(("factor", "panels"), [(1.0, 1), (4.9, 1), (5.1, 2), (1000.0, 2)])
+def test_short_bars_beside_a_long_one_are_enlarged(factor: float, panels: int):
+    table = frame(at_smoke("table3"))
+    table["value"] = 1.0
+    table.loc[(table["row"] == "st") & (table["metric"] == "bound"), "value"] = 4 * factor
+    table.loc[(table["row"] != "st") & (table["metric"] == "bound"), "value"] = 4.0
+    drawn = report.plot_bounds(table, "title").axes
+    assert len(drawn) == panels
+    if panels == 2:
+        low, high = drawn[1].get_xlim()
+        assert low == 0 and 4 < high < 5
 
 
 @pytest.mark.parametrize(
