@@ -299,6 +299,43 @@ def test_the_terms_of_the_bound_on_photographs_are_the_committed_result() -> Non
     assert_table("docs/results.md", "| term of Proposition 2 |", expected)
 
 
+def test_the_sentences_on_the_terms_of_the_bound_are_computed() -> None:
+    def of(scale: str, metric: str, artefact: str = "table3") -> dict[str, float]:
+        table = table_of(scale, artefact)
+        return table[table["metric"] == metric].set_index("row")["value"].dropna().to_dict()
+
+    def share(bound: dict[str, float], row: str, start: str) -> str:
+        return f"{100 * (bound[row] - bound[start]) / (bound['kdiga'] - bound[start]):.0f} %"
+
+    bound, distance, gap = (of("cifar10_cpu", metric) for metric in ("bound", "gradient_distance", "gap"))
+    broken, robust = of("cifar10_cpu", "violations_l2", "prop2_bound"), of("cifar10_cpu", "pgd20")
+    digits, near, holds = of("digits", "bound"), of("digits", "gradient_distance"), of("digits", "pgd20")
+    assert round(gap["kdiga"] / gap["kdiga_zero"], 1) == 0.5
+    assert f"{near['kdiga_zero']:.2f}" == f"{near['penalty']:.2f}"
+    order = sorted(digits, key=lambda row: digits[row])
+    swapped = [(a, b) for a, b in itertools.pairwise(order) if holds[a] < holds[b]]
+    assert swapped == [("kdiga_ard_c", "ard"), ("penalty", "kdiga_zero")]
+    assert sorted(bound, key=lambda row: bound[row]) == ["kdiga", "kdiga_zero", "ard", "penalty", "st"]
+    sentences = [
+        f"{broken['st']:.0f} of 200 images of ST, {broken['ard']:.0f} of ARD and {broken['penalty']:.0f} of the "
+        "penalty without a teacher exceed the bound",
+        f"KD with the zero target has {share(bound, 'kdiga_zero', 'st')} and the penalty without a teacher "
+        f"{share(bound, 'penalty', 'st')}.",
+        f"falls from {distance['st']:.2f} to {distance['kdiga_zero']:.2f} and {distance['penalty']:.2f}, under KDIGA "
+        f"to {distance['kdiga']:.2f}.",
+        f"and {robust['kdiga'] - robust['kdiga_zero']:.1f} points more under PGD-20",
+        f"({robust['ard']:.1f} and {robust['kdiga_zero']:.1f} % under PGD-20)",
+        f"It is {digits['kd']:.2f} for KD and {digits['kdiga']:.2f} for KDIGA; KD with the zero target has "
+        f"{digits['kdiga_zero']:.2f}, which is {share(digits, 'kdiga_zero', 'kd')} of that fall, and the penalty "
+        f"without a teacher {digits['penalty']:.2f}.",
+        f"is {near['kd']:.2f} for KD, {near['kdiga']:.2f} for KDIGA and {near['penalty']:.2f} for both penalties",
+        f"at most {max(holds[b] - holds[a] for a, b in swapped):.1f} points apart",
+    ]
+    assert_sentences(sentences, ROOT / "docs" / "results.md")
+    short = f"from ST to KDIGA, a penalty without a teacher has {share(bound, 'penalty', 'st')}"
+    assert_sentences([short], ROOT / "README.md")
+
+
 def test_the_table_of_the_search_is_the_committed_result() -> None:
     table = table_of("cifar10_cpu", "isd_search")
     shown = show(table, ["clean", "pgd20", "apgd"])
@@ -431,7 +468,7 @@ def test_the_findings_quote_the_published_tables() -> None:
     assert pgd == autoattack
     ard = [abs(cifar("kdiga", metric) - cifar("ard", metric)) for metric in ("pgd20", "autoattack", "clean")]
     bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
-    assert len(bound) * 500 == 2000
+    assert len(bound) * 500 == 3000
     sentences = [
         f"is {both('digits', 'kd')} for KD, {both('digits', 'kdiga')} for KDIGA, {both('digits', 'trades_teacher')} "
         "for the teacher",
@@ -452,7 +489,7 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"reaches {penalty[0]:.1f} % (AutoAttack {penalty[1]:.1f} %) at {penalty[2]:.1f} % clean",
         f"a loop with either target gives the same: {loops[0]} and {loops[1]} %",
         f"on {lost:.1f} % of the images the radius of KDIGA as published is certainly smaller",
-        f"{bound['violations_l2'].sum():.0f} of 2,000 images violate the bound; with the dual norm, "
+        f"{bound['violations_l2'].sum():.0f} of 3,000 images violate the bound; with the dual norm, "
         f"{bound['violations'].sum():.0f} do",
     ]
     assert_sentences(sentences, README)
@@ -514,7 +551,7 @@ def test_the_audit_page_quotes_the_published_tables() -> None:
         f"does not make fewer images certainly worse ({value(prop1, 'kdiga_logits', 'lost_proven'):.1f} %)",
         f"certified radius on {kept[1]:.1f} % of the images, KDIGA as published on {kept[0]:.1f} %, for about "
         f"{took[1] / took[0]:.1f} times the training time ({took[0]:.1f} and {took[1]:.1f} s per net)",
-        f"{max(bound['violations'].sum(), bound['violations_tight'].sum()):.0f} of 2,000 images violate the bound",
+        f"{max(bound['violations'].sum(), bound['violations_tight'].sum()):.0f} of 3,000 images violate the bound",
         f"that Table 3 prints, {bound['violations_l2'].sum():.0f} do",
         f"{ours[0]} clean and {ours[1]} under APGD against {fast[0]} and {fast[1]}",
         f"matched to a factor of {seconds.max() / seconds.min():.1f}: {seconds.min():.1f} to {seconds.max():.1f} s",
