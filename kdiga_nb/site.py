@@ -14,6 +14,7 @@ from string import Template
 import mistune
 import nbformat
 from latex2mathml.converter import convert
+from mistune.toc import add_toc_hook
 from nbconvert import HTMLExporter
 
 from kdiga_nb import paths
@@ -96,10 +97,17 @@ def _page(home: Path, path: Path, title: str, body: str) -> Path:
     return path
 
 
+def anchor(heading: str) -> str:
+    """The name by which links find a heading, as GitHub makes it: ``kdigafgsm-table-5`` for "KDIGA+FGSM (Table 5)"."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
 def _document(source: Path, home: Path, path: Path) -> Path:
     """A Markdown file as a page."""
     text = source.read_text(encoding="utf-8")
-    body = str(mistune.create_markdown(escape=False, plugins=["table", "strikethrough"])(text))
+    markdown = mistune.create_markdown(escape=False, plugins=["table", "strikethrough"])
+    add_toc_hook(markdown, max_level=6, heading_id=lambda token, _: anchor(token["text"]))
+    body = str(markdown(text))
     body = re.sub(r"<table>.*?</table>", lambda found: f'<div class="wide">{found[0]}</div>', body, flags=re.DOTALL)
     title = re.search(r"^# (.*)", text, re.MULTILINE)
     return _page(home, path, title[1] if title else source.stem, _linked(body, source, home, path))

@@ -1,5 +1,6 @@
 """The kit as web pages: every page is there, every link leads to a file, every picture has words, nothing is loaded."""
 
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,17 +44,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_every_link_leads_to_a_file_and_nothing_is_loaded_from_elsewhere(home: Path) -> None:
-    broken, remote = [], []
-    for page in home.rglob("*.html"):
-        parsed = Parsed(page)
+def test_every_link_leads_to_a_file_and_a_place_in_it_and_nothing_is_loaded_from_elsewhere(home: Path) -> None:
+    pages = {page: Parsed(page) for page in home.rglob("*.html")}
+    broken, remote, places = [], [], 0
+    for page, parsed in pages.items():
         for target in (*parsed.links, *parsed.loads):
             parts = urlsplit(target)
+            file = Path(os.path.normpath(page.parent / unquote(parts.path))) if parts.path else page
             if parts.scheme in ("http", "https", "mailto") or target.startswith("//"):
                 remote += [target] if target in parsed.loads else []
-            elif parts.scheme != "data" and parts.path and not (page.parent / unquote(parts.path)).exists():
+            elif parts.scheme != "data" and not file.exists():
                 broken.append(f"{page.relative_to(home)}: {target}")
+            elif parts.scheme != "data" and parts.fragment and file in pages:
+                places += file.parent == home / "docs"
+                if not {parts.fragment, unquote(parts.fragment)} & pages[file].ids:
+                    broken.append(f"{page.relative_to(home)}: {target}")
     assert broken == [] and remote == []
+    assert places >= 14
 
 
 def test_every_picture_has_words(home: Path) -> None:
