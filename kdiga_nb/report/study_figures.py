@@ -126,7 +126,7 @@ def plot_tightness(experiment: Experiment, title: str) -> Figure:
     panels[0].set_ylabel("measured gap (nats)")
     handles, labels = panels[0].get_legend_handles_labels()
     legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=4, fontsize=9, frameon=False, markerscale=2
+        handles, labels, loc="outside lower center", ncols=6, fontsize=9, frameon=False, markerscale=2
     )
     for handle in legend.legend_handles:
         if handle is not None:
