@@ -439,6 +439,7 @@ WEIGHTED = {
 SINGLE = {
     "st": "ST",
     "kd": "KD",
+    "ard": "ARD",
     "pgd_student": "PGD AT",
     "trades_teacher": "the teacher",
     "isd_wot_1_zero": "ISD-WoT-1, zero target",
@@ -501,7 +502,7 @@ def alignment_or_penalty(params: AlignmentParams) -> Experiment:
 
     every_seed = params.model_copy(update={"autoattack_seeds": len(params.seeds)})
     fixed = table1_runs(params)
-    compared = ("kd", "isd_wot_1_zero")
+    compared = ("kd", "ard", "isd_wot_1_zero")
     rows = [row(name, *fixed[name], name in compared) for name in SINGLE]
     rows += [row(name, *fixed[name], False) for name in loop_rows(params)]
     for kind, (label, setting) in WEIGHTED.items():

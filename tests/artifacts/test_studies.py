@@ -363,7 +363,7 @@ def test_the_loops_and_pgd_training_beside_the_penalties_are_those_of_table_1() 
     found, table1 = (study("digits", name) for name in ("alignment_or_penalty", "table1"))
     assert isinstance(found.params, AlignmentParams)
     assert len(loop_rows(found.params)) == found.params.loops == 6
-    for row in [*loop_rows(found.params), "pgd_student"]:
+    for row in [*loop_rows(found.params), "pgd_student", "ard"]:
         assert found.row(row).runs == table1.row(row).runs
 
 
