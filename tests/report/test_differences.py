@@ -28,6 +28,8 @@ cifar10_cpu table1 kdiga ard: pgd20 8.7 [8.0, 9.4] <; autoattack 11.0 [8.8, 13.2
 cifar10_cpu table1 ard kdiga: clean 7.1 [6.6, 7.7] <
 cifar10_cpu table1 kdiga ard lambda_iga=0.3: pgd20 1.6 [1.0, 2.1] <
 cifar10_cpu table1 ard kdiga lambda_iga=0.3: clean 4.0 [3.5, 4.5] <
+cifar10_cpu table1 ard kdiga lambda_iga=0.1: clean 0.3 [−0.1, 0.8] 0.20; pgd20 11.9 [11.2, 12.6] <
+cifar10_cpu table1 ard kdiga lambda_iga=0.1: autoattack 12.2 [10.2, 14.3] <
 cifar10_cpu table1 ard kdiga_zero: clean 3.2 [2.6, 3.7] <; pgd20 2.5 [1.9, 3.1] <
 cifar10_cpu table1 ard kdiga_zero: autoattack 3.5 [1.8, 5.3] <
 cifar10_cpu table1 trades_teacher pgd_student: clean 0.4 [−0.2, 1.0] 0.20; pgd20 0.0 [−0.6, 0.7] 0.93
