@@ -302,7 +302,8 @@ def test_the_terms_of_the_bound_on_photographs_are_the_committed_result() -> Non
 def test_the_sentences_on_the_terms_of_the_bound_are_computed() -> None:
     def of(scale: str, metric: str, artefact: str = "table3") -> dict[str, float]:
         table = table_of(scale, artefact)
-        return table[table["metric"] == metric].set_index("row")["value"].dropna().to_dict()
+        measured = table[(table["metric"] == metric) & table["value"].notna()]
+        return dict(zip(measured["row"], measured["value"], strict=True))
 
     def share(bound: dict[str, float], row: str, start: str) -> str:
         return f"{100 * (bound[row] - bound[start]) / (bound['kdiga'] - bound[start]):.0f} %"
