@@ -324,6 +324,7 @@ def test_the_sentences_on_the_terms_of_the_bound_are_computed() -> None:
         f"{share(bound, 'penalty', 'st')}.",
         f"falls from {distance['st']:.2f} to {distance['kdiga_zero']:.2f} and {distance['penalty']:.2f}, under KDIGA "
         f"to {distance['kdiga']:.2f}.",
+        f"(ARD has {share(bound, 'ard', 'st')} too)",
         f"and {robust['kdiga'] - robust['kdiga_zero']:.1f} points more under PGD-20",
         f"({robust['ard']:.1f} and {robust['kdiga_zero']:.1f} % under PGD-20)",
         f"It is {digits['kd']:.2f} for KD and {digits['kdiga']:.2f} for KDIGA; KD with the zero target has "
