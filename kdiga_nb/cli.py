@@ -358,7 +358,7 @@ def verify(
 @app.command("compare")
 def compare_command(
     artefact: Annotated[str, typer.Argument(help="An artefact that has both rows, e.g. table1.")],
-    row: Annotated[str, typer.Argument(help="A row of it, e.g. kdiga.")],
+    row: Annotated[str, typer.Argument(help="A row of it, e.g. kdiga; kdiga:1 is its net of seed 1.")],
     other: Annotated[str, typer.Argument(help="The row that is subtracted, e.g. kd.")],
     scale: Annotated[str, typer.Option(help="A file of params/: smoke, digits, …")] = "digits",
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE on top of the file.")] = None,
@@ -371,26 +371,32 @@ def compare_command(
     """
     from kdiga_nb.artifacts import EVERY
     from kdiga_nb.params import scales
-    from kdiga_nb.report import compare, heading
+    from kdiga_nb.report import compare, heading, row_of
 
     _one_of("--scale", scale, scales())
     name = _one_of("artefact", artefact, list(EVERY))
     experiment = _experiments(scale, [name], set_)[1][name]
     assert experiment is not None  # only the walkthrough has none
     ids = [each.id for each in experiment.rows]
-    a, b = experiment.row(_one_of("row", row, ids)), experiment.row(_one_of("row", other, ids))
+    for each in (row, other):
+        _one_of("row", each.partition(":")[0], ids)
+    try:
+        a, b = row_of(experiment, row), row_of(experiment, other)
+    except ValueError as error:
+        raise _fail(str(error)) from None
     theirs = {cell.metric for cell in b.cells}
     found: dict[str, Difference | str] = {}
     for metric in (cell.metric for cell in a.cells if cell.is_accuracy and cell.metric in theirs):
         try:
-            found[metric] = compare(experiment, a.id, b.id, metric)
+            found[metric] = compare(experiment, row, other, metric)
         except ValueError as error:
             found[metric] = str(error)
     if not found:
         raise _fail(f"{name}: {a.id} and {b.id} have no accuracy in common")
     if all(isinstance(one, str) for one in found.values()):
-        help_ = "kdiga store pull brings published measurements, kdiga reproduce makes your own"
-        raise _fail(f"{name} at {scale}: {next(iter(found.values()))}; {help_}", 1)
+        why = str(next(iter(found.values())))
+        help_ = "; kdiga store pull brings published measurements, kdiga reproduce makes your own"
+        raise _fail(f"{name} at {scale}: {why}{help_ * ('measured' in why)}", 1)
     if json_:
         typer.echo(json.dumps({key: one if isinstance(one, str) else vars(one) for key, one in found.items()}))
         return

@@ -113,6 +113,8 @@ def reproduced(place: Place) -> tuple[Place, subprocess.CompletedProcess[str]]:
         (["train", str(SMOKE)], "--artefact, or a key `artefact` in the file, must be one of figure1"),
         (["train", str(SMOKE), "--artefact", "tabel1"], r"--artefact: must be one of figure1, .*did you mean table1\?"),
         (["compare", "table1", "kdiga", "kdigo"], r"row: must be one of st, .*mean kdiga\?\), got 'kdigo'"),
+        (["compare", "table1", "kdiga:9", "kd"], "kdiga: seed must be one of 0, 1, 2, 3, 4, got 9"),
+        (["compare", "table1", "kdiga:one", "kd"], "kdiga:one: a seed is a whole number, as in kdiga:0"),
         (["compare", "walkthrough", "st", "kd"], "artefact: must be one of figure1, .*, got 'walkthrough'"),
         (["compare", "prop2_bound", "st", "kd"], "prop2_bound: st and kd have no accuracy in common"),
         (["compare", "table1", "st", "kd", "--scale", "digit"], r"--scale: must be .*mean digits\?\), got 'digit'"),

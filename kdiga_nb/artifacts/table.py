@@ -1,7 +1,7 @@
 """``Cell``, ``Row``, ``Experiment``: a table before it is measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdiga_nb.methods import effective_lambda_iga
@@ -57,6 +57,19 @@ class Row:
     def is_done(self) -> bool:
         """Whether the store has every measurement of the row; no measurements count as not done."""
         return bool(self.cells) and all(job.is_done() for cell in self.cells for job in cell.jobs)
+
+    def of_seed(self, seed: int) -> "Row":
+        """The same row with its net of one seed only.
+
+        Raises:
+            ValueError: the row trains no net of that seed.
+        """
+        runs = tuple(run for run in self.runs if run.seed == seed)
+        if not runs:
+            seeds = ", ".join(str(run.seed) for run in self.runs) or "none"
+            raise ValueError(f"{self.id}: seed must be one of {seeds}, got {seed}")
+        cells = (replace(cell, jobs=tuple(job for job in cell.jobs if job.run in runs)) for cell in self.cells)
+        return replace(self, label=f"{self.label}, seed {seed}", runs=runs, cells=tuple(cells))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kdiga_nb.report.numbers import (
     verdict_table,
     with_training_cost,
 )
-from kdiga_nb.report.pairs import STARS, Difference, compare, differences, holm
+from kdiga_nb.report.pairs import STARS, Difference, compare, differences, holm, row_of
 from kdiga_nb.report.study_figures import (
     plot_audit,
     plot_effects,

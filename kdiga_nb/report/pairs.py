@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from kdiga_nb.artifacts.table import Experiment
+from kdiga_nb.artifacts.table import Experiment, Row
 from kdiga_nb.report.names import heading
 from kdiga_nb.report.numbers import stored
 from kdiga_nb.report.tables import shown
@@ -53,14 +53,19 @@ def _signed(points: float) -> str:
 def compare(experiment: Experiment, a: str, b: str, metric: str) -> Difference:
     """Compare rows ``a`` and ``b`` of an experiment on a metric, from the masks of survivors in the store.
 
-    Seeds are paired in their order; a seed that was measured in one row only is left out. The interval is a
+    Seeds are paired in their order; a seed that was measured in one row only is left out. ``kdiga:1`` is the net of
+    row ``kdiga`` with seed 1 alone; the other row must then have one net, or name its seed too. The interval is a
     bootstrap's, so its last digit may differ if the rows are exchanged.
 
     Raises:
         KeyError: a row has no such metric.
-        ValueError: no seed is measured in both rows, the results have no masks, or the images differ in number.
+        ValueError: no seed is measured in both rows, one seed is named and the other row has several, the results have
+            no masks, or the images differ in number.
     """
     masks = {name: _masks(experiment, name, metric) for name in (a, b)}
+    for name, other in ((a, b), (b, a)):
+        if ":" in name and len(masks[other]) > 1:
+            raise ValueError(f"{name} is one net and {other} has {len(masks[other])} seeds; name one, as in {other}:0")
     both = [seed for seed in masks[a] if seed in masks[b]]
     if not both:
         raise ValueError(f"{a} and {b}: no seed has {metric} measured in both")
@@ -85,14 +90,26 @@ def compare(experiment: Experiment, a: str, b: str, metric: str) -> Difference:
     return Difference(100 * float(difference.mean()), float(low), float(high), p, n, seeds)
 
 
+def row_of(experiment: Experiment, name: str) -> Row:
+    """The row of an id, or its net of one seed: ``kdiga``, ``kdiga:1``.
+
+    Raises:
+        ValueError: there is no such row, or no such seed.
+    """
+    row, colon, seed = name.partition(":")
+    if colon and not seed.isdecimal():
+        raise ValueError(f"{name}: a seed is a whole number, as in {row}:0")
+    return experiment.row(row).of_seed(int(seed)) if colon else experiment.row(row)
+
+
 def _stored(experiment: Experiment, name: str, metric: str) -> dict[int, dict[str, Any]]:
     """Seed, by its place in the row -> the result in the store; empty if the row has no such metric."""
-    return next((stored(cell) for cell in experiment.row(name).cells if cell.metric == metric), {})
+    return next((stored(cell) for cell in row_of(experiment, name).cells if cell.metric == metric), {})
 
 
 def _masks(experiment: Experiment, name: str, metric: str) -> dict[int, np.ndarray]:
     """Seed, by its place in the row -> (images,), True where the image is still classified correctly."""
-    if all(cell.metric != metric for cell in experiment.row(name).cells):
+    if all(cell.metric != metric for cell in row_of(experiment, name).cells):
         raise KeyError(f"{name} has no metric {metric}")
     found = _stored(experiment, name, metric)
     if not found:

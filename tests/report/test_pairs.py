@@ -74,6 +74,23 @@ def test_seeds_are_paired_by_their_place_though_some_are_not_measured() -> None:
     assert (found.points, found.seeds) == (pytest.approx(10), 1)
 
 
+def test_one_net_of_a_row_is_named_by_its_seed() -> None:
+    """Row a has seeds 9700 to 9702 (ord(a) = 97), right on 50, 40 and 90 images; row b has 9800, c 9900 and 9901."""
+    masks = ["1" * right + "0" * (100 - right) for right in (50, 40, 90)]
+    experiment = stored({"a": list(masks), "b": [masks[1]], "c": [masks[0], masks[2]]})
+    for a, b, points in (("a:9702", "b", 50), ("a:9701", "b:9800", 0), ("a:9700", "a:9702", -40), ("c:9901", "b", 50)):
+        found = compare(experiment, a, b, "clean")
+        assert (found.points, found.seeds) == (pytest.approx(points), 1), (a, b)
+    for a, b, words in (
+        ("a:9700", "c", "a:9700 is one net and c has 2 seeds; name one, as in c:0"),
+        ("a", "b:9800", "b:9800 is one net and a has 3 seeds; name one, as in a:0"),
+        ("a:7", "b", "a: seed must be one of 9700, 9701, 9702, got 7"),
+        ("a:x", "b", "a:x: a seed is a whole number, as in a:0"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            compare(experiment, a, b, "clean")
+
+
 def test_holms_correction() -> None:
     """The smallest of n is multiplied by n, the next by n − 1, …; none falls below one before it, none exceeds 1."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
