@@ -238,6 +238,7 @@ class Table1Params(IsdParams):
     lambda_penalty: Weight = _knob("control: weight of the gradient penalty without a teacher")
     all_seeds_rows: list[str] = _knob("rows trained with every seed, the others with the first; empty: all", default=[])
     long_epochs: Natural = _knob("epochs of one more standard training; 0: no such row", default=0)
+    wide_penalty: bool = _knob("control of IGAM: the gradient penalty without a teacher, on IGAM's net", default=False)
     source_tinyimagenet: MaybeDataset = _knob("IGAM's first source task, in the place of TinyImageNet; none: not run")
     source_mnist: MaybeDataset = _knob("IGAM's second source task (Chan et al.: MNIST); none: not run")
     source_mnist_net: ModelName = _knob("net of IGAM's second source teacher")

@@ -51,7 +51,7 @@ def table1(params: Table1Params) -> Experiment:
 
 def figure1(params: Table1Params) -> Experiment:
     """Figure 1: the students of Table 1 in the plane of clean and robust accuracy."""
-    others = {"igam_tinyimagenet", "igam_mnist", "pgd_teacher", "trades_teacher"}
+    others = {"igam_tinyimagenet", "igam_mnist", "pgd_teacher", "trades_teacher", "penalty_wide"}
     rows = tuple(row for row in table1(params).rows if row.id not in others)
     return Experiment("figure1", "Figure 1. Clean against robust accuracy of the student", rows, params)
 

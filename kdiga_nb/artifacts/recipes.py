@@ -297,13 +297,18 @@ def control_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     zero = method_of(params, KDIGA, lambda_iga=params.lambda_zero, target_gradient="zero")
     shuffled = method_of(params, KDIGA, target_gradient="shuffled")
     self_zero = method_of(params, KDIGA, lambda_iga=params.lambda_isd, target_gradient="zero")
+    penalty, wide = GradientPenalty(params.lambda_penalty), {}
+    if params.wide_penalty:
+        label = f"gradient penalty, no teacher → {params.teacher}"
+        wide = {"penalty_wide": (label, runs_per_seed(params, penalty, params.teacher))}
     return {
         "kdiga_zero": ("TRADES teacher → KD + gradient penalty", runs_per_seed(params, zero, teacher=teacher)),
         "kdiga_shuffled": (
             "TRADES teacher → KDIGA, teacher's gradients shuffled",
             runs_per_seed(params, shuffled, teacher=teacher),
         ),
-        "penalty": ("gradient penalty, no teacher", runs_per_seed(params, GradientPenalty(params.lambda_penalty))),
+        "penalty": ("gradient penalty, no teacher", runs_per_seed(params, penalty)),
+        **wide,
         "isd_wot_1_zero": (
             f"{isd_label('isd_wot', 1)}, target gradient zero",
             isd_wot_runs(params, dropout=True, method=self_zero)[0],

@@ -240,6 +240,16 @@ def test_igams_mnist_teacher_may_be_published_and_is_given_a_new_head():
     assert teacher.init == Checkpoint("trades_model_mnist_smallcnn.pt", None, "trades", "trades_mnist:mnist")
 
 
+def test_igams_control_is_the_gradient_penalty_on_igams_net():
+    found = experiment("cifar10", "table1", wide_penalty=True)
+    row, igam = found.row("penalty_wide"), found.row("igam_mnist")
+    assert row.label == "gradient penalty, no teacher → wrn_34_10"
+    assert (row.runs[0].model, row.runs[0].schedule) == (igam.runs[0].model, igam.runs[0].schedule)
+    assert row.runs[0].method == found.row("penalty").runs[0].method and row.runs[0].teacher is None
+    assert "penalty_wide" not in {one.id for one in experiment("cifar10", "figure1", wide_penalty=True).rows}
+    assert "penalty_wide" not in {one.id for one in experiment("cifar10", "table1").rows}
+
+
 def test_a_source_task_of_none_is_not_run():
     row = experiment("cifar10", "table1", source_tinyimagenet="none").row("igam_tinyimagenet")
     assert not row.runs and not row.cells and row.reported
