@@ -406,6 +406,21 @@ def test_the_table_of_later_distillations_on_photographs_is_the_committed_result
     assert_sentences([teacher], ROOT / "docs" / "results.md")
 
 
+def test_what_the_results_page_says_of_igam_on_photographs_is_the_committed_result() -> None:
+    columns = ["clean, ours", "clean, paper", "pgd20, ours", "pgd20, paper", "autoattack, ours"]
+    lines = quoted("cifar10_short", ["igam_mnist", "penalty_wide"], columns)
+    assert_table("docs/results.md", "| row of Table 1, wide net |", lines)
+    table = table_of("cifar10_short", "table1")
+    run = table[table["row"] == "igam_mnist"]["runs"].iloc[0]
+    folder = published("cifar10_short") / "runs"
+    teacher = json.loads((folder / run / "run.json").read_text())["run"]["teacher"]
+    heard = pd.read_csv(folder / run / "history.csv")["adversarial"]
+    coin = 0.2 * math.log(2)
+    assert heard.to_list() == pytest.approx([coin, coin], abs=5e-5) and f"{coin:.4f}" == "0.1386"
+    right = pd.read_csv(folder / teacher / "history.csv")["validation_clean"].iloc[-1]
+    assert_sentences([f"gets {right:.1f} % of the held-out images right", f"run {run})"], ROOT / "docs" / "results.md")
+
+
 def test_the_table_of_loops_in_short_trainings_is_the_committed_result() -> None:
     columns = ["clean, ours", "pgd20, ours", "apgd, ours"]
     lines = quoted("cifar10_short", NARROW_LOOPS, columns, "isd_autoattack")

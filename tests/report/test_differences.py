@@ -58,6 +58,9 @@ cifar10_short table1 kdiga_ard_c ard: pgd20 6.7 [5.2, 8.2]; autoattack 5.5 [1.5,
 cifar10_short table1 kdiga_ard_a ard: pgd20 7.6 [6.0, 9.2]; autoattack 7.5 [2.5, 12.5] 0.006
 cifar10_short table1 kdiga_ard_c kdiga: pgd20 0.8 [−0.2, 1.7] 0.17
 cifar10_short table1 kdiga_ard_a kdiga: pgd20 1.7 [0.6, 2.8] 0.004
+cifar10_short table1 igam_mnist penalty_wide: clean 3.5 [2.0, 5.1] <; autoattack −3.0 [−8.0, 1.5] 0.31
+cifar10_short table1 penalty_wide igam_mnist: pgd20 3.9 [2.4, 5.5] <
+cifar10_short table1 kdiga igam_mnist: clean 3.2 [1.6, 4.7] <; pgd20 2.5 [1.1, 4.0] <
 cifar10_short baselines kdiga kdiga_zero: pgd20 6.0 [4.9, 7.1] <; autoattack 4.8 [1.2, 8.5] 0.01
 cifar10_short baselines kdiga penalty: pgd20 0.8 [−0.8, 2.3]; autoattack −0.2 [−4.3, 4.0]; clean 11.5 [9.9, 13.1]
 cifar10_short table1 kdiga kdiga_shuffled: pgd20 −0.4 [−1.7, 1.0]; autoattack −0.5 [−4.5, 3.5]; clean 8.0 [6.5, 9.6]
