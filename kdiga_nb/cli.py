@@ -81,17 +81,17 @@ def _use_data(root: Path | None) -> None:
         os.environ["KDIGA_DATA"] = str(root.absolute())
 
 
-def _check_sources(todo: list[Job]) -> None:
-    """Fail before anything trains if a data set or a local checkpoint is missing."""
+def check_sources(jobs: list[Job]) -> None:
+    """Fail before anything trains if a data set or a local checkpoint is missing that the jobs or those to do need."""
     from kdiga_nb import data
     from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
-    from kdiga_nb.runs.graph import graph_of
+    from kdiga_nb.runs.graph import graph_of, to_do
 
-    graph = graph_of(todo)
+    graph = to_do(graph_of(jobs))
     sources = {source for job in graph for source in (job.run, job.reference) if source is not None}
     sources |= {s for job in graph for s in (getattr(job.run, "teacher", None), getattr(job.run, "init", None)) if s}
     try:
-        for name in sorted({source.dataset for source in sources}):
+        for name in sorted({source.dataset for source in sources} | {job.run.dataset for job in jobs}):
             data.load_data(name)
         for source in sources:
             if isinstance(source, Checkpoint) and source.format != "timm" and not checkpoints.is_url(source.path):
@@ -160,7 +160,7 @@ def reproduce(
         _print_plan(experiments if first is None else first)
         return
     if training:
-        _check_sources(_jobs(experiments))
+        check_sources(_jobs(experiments))
     else:
         os.environ[NO_TRAINING] = "1"
         if first is not None:
@@ -432,7 +432,7 @@ def train(
     if row and not rows[0].runs:
         raise _fail(f"{file}: row {row} has no net at this scale")
     todo = list(dict.fromkeys(Job(run) for row in rows for run in row.runs))
-    _check_sources(todo)
+    check_sources(todo)
     experiments: dict[str, Experiment | None] = {name: experiment}
     with ExitStack() as stack:
         stack.enter_context(distributed.process_group())

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+import typer
 from torch import nn
 from torchvision.transforms.functional import to_pil_image
 from typer.testing import CliRunner, Result
@@ -22,17 +23,20 @@ from typer.testing import CliRunner, Result
 from kdiga_nb import paths
 from kdiga_nb.artifacts import EVERY
 from kdiga_nb.artifacts.paper import table5
-from kdiga_nb.cli import app, explorer_at
+from kdiga_nb.cli import app, check_sources, explorer_at
 from kdiga_nb.data import load_data
 from kdiga_nb.measures import TestAccuracy
+from kdiga_nb.methods import ST
 from kdiga_nb.notebooks import ARTEFACTS, load
 from kdiga_nb.params import Table1Params, Table5Params, at_scale, models
 from kdiga_nb.report.numbers import COLUMNS
 from kdiga_nb.report.numbers import value as value_of
-from kdiga_nb.runs.graph import NO_TRAINING, graph_of
+from kdiga_nb.runs import Checkpoint
+from kdiga_nb.runs.graph import NO_TRAINING, Job, graph_of
 from kdiga_nb.runs.listing import list_store, net_in
-from kdiga_nb.runs.run import ancestors, run_key
+from kdiga_nb.runs.run import Run, ancestors, folder, run_key
 from kdiga_nb.runs.store import is_published, measure
+from kdiga_nb.training import Schedule
 
 SMOKE = paths.PARAMS / "smoke.yaml"
 
@@ -289,6 +293,18 @@ def test_two_rows_are_compared_from_the_published_measurements():
     assert lines[-1].startswith("  AutoAttack: +38.7 [")
 
 
+def test_a_missing_checkpoint_stops_only_what_has_still_to_be_trained_from_it(capsys: pytest.CaptureFixture[str]):
+    """The head of IGAM's MNIST teacher; the published record of a training serves without the file."""
+    missing = Checkpoint("absent.pt", None, "trades", "digits_small:digits")
+    job = Job(Run("digits", "digits_small", ST(), Schedule(1), init=missing))
+    with pytest.raises(typer.Exit):
+        check_sources([job])
+    assert "checkpoint absent.pt: there is no such file" in capsys.readouterr().err
+    folder(job.run).mkdir(parents=True)
+    (folder(job.run) / "run.json").touch()
+    check_sources([job])
+
+
 def test_an_empty_store_is_listed_too():
     assert json.loads(kdiga("runs", "--json").stdout) == []
     assert "no runs" in kdiga("runs").stdout
@@ -372,8 +388,8 @@ def test_a_published_net_is_audited_where_it_lies(named: str):
 def test_a_folder_without_a_net_is_not_audited(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"run": {"model": "digits_small", "dataset": "digits"}, "sha256": "0"}')
-    for folder, says in ((tmp_path, "there is no run.json"), (tmp_path / "run", "this run has no weights")):
-        result = kdiga("audit", str(folder))
+    for where, says in ((tmp_path, "there is no run.json"), (tmp_path / "run", "this run has no weights")):
+        result = kdiga("audit", str(where))
         assert result.exit_code == 2 and says in result.stderr
 
 

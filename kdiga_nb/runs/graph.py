@@ -96,7 +96,7 @@ def run_all(
         progress: called every second or so with (jobs done, jobs to do, current work).
     """
     graph = graph_of(jobs)
-    todo = distributed.broadcast_from_rank0(lambda: _to_do(graph))
+    todo = distributed.broadcast_from_rank0(lambda: to_do(graph))
     outcome = Outcome(cached=len(graph) - len(todo))
     if not todo or os.environ.get(NO_TRAINING):
         return outcome
@@ -128,7 +128,7 @@ def graph_of(jobs: Iterable[Job]) -> list[Job]:
     return graph + [job for job in dict.fromkeys(wanted) if job.measure is not None]
 
 
-def _to_do(graph: list[Job]) -> list[Job]:
+def to_do(graph: list[Job]) -> list[Job]:
     """The jobs without a result. A published run without weights that one of them needs is made again as a whole."""
     todo, before = {job for job in graph if not job.is_done()}, -1
     while len(todo) != before:
