@@ -82,7 +82,7 @@ def _use_data(root: Path | None) -> None:
 
 
 def check_sources(jobs: list[Job]) -> None:
-    """Fail before anything trains if a data set or a local checkpoint is missing that the jobs or those to do need."""
+    """Fail before anything trains if a data set or a local checkpoint is missing that what is to do needs."""
     from kdiga_nb import data
     from kdiga_nb.runs import Checkpoint, StoreError, checkpoints
     from kdiga_nb.runs.graph import graph_of, to_do
