@@ -284,7 +284,7 @@ def test_two_rows_are_compared_from_the_published_measurements():
     table = pd.read_csv(paths.published("cifar10_cpu") / "table1.csv")
     for metric, n in {"clean": 10_000, "pgd20": 10_000, "autoattack": 1_000}.items():
         points = value_of(table, "kdiga", metric) - value_of(table, "kd", metric)
-        assert found[metric]["points"] == pytest.approx(points), metric
+        assert found[metric]["points"] == pytest.approx(points, abs=2e-4), metric  # the table has six digits
         assert found[metric]["low"] < points < found[metric]["high"]
         assert (found[metric]["n"], found[metric]["seeds"]) == (n, 3)
     arguments[1] = "robustness_audit"  # no attack of its own was run at this scale

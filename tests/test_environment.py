@@ -417,11 +417,14 @@ def test_what_the_results_page_says_of_igam_on_photographs_is_the_committed_resu
     heard = pd.read_csv(folder / run / "history.csv")["adversarial"]
     coin = 0.2 * math.log(2)
     assert heard.to_list() == pytest.approx([coin, coin], abs=5e-5)
+    full = table_of("cifar10_cpu", "table1").set_index(["row", "metric"])["runs"]["igam_mnist", "clean"]
+    long = pd.read_csv(published("cifar10_cpu") / "runs" / full / "history.csv")["adversarial"]
+    assert [f"{loss:.4f}" for loss in long] == [f"{coin:.4f}"] * 20
     right = pd.read_csv(folder / teacher / "history.csv")["validation_clean"].iloc[-1]
     sentences = [
         f"gets {right:.1f} % of the held-out images right",
         f"its loss is {coin:.4f} in both epochs",
-        f"`history.csv` of run {run})",
+        f"`history.csv` of run {run}), and in all 20 of the full training ({full})",
     ]
     assert_sentences(sentences, ROOT / "docs" / "results.md")
 
@@ -486,7 +489,6 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"{abs(cifar('pgd_student', metric) - cifar('kdiga', metric)):.1f}"
         for metric in ("pgd20", "autoattack", "clean")
     )
-    assert pgd == autoattack
     ard = [abs(cifar("kdiga", metric) - cifar("ard", metric)) for metric in ("pgd20", "autoattack", "clean")]
     accurate = grid("ard", "pgd20") - grid("kdiga_0p1", "pgd20")
     bound = table_of("digits", "prop2_bound").pivot(index="row", columns="metric", values="value")
@@ -497,7 +499,8 @@ def test_the_findings_quote_the_published_tables() -> None:
         f"KDIGA is {below:.1f} points below its teacher (PGD-20, 3 seeds)",
         f"is {ard[0]:.1f} points less robust than KDIGA under PGD-20 (AutoAttack: {ard[1]:.1f}) and {ard[2]:.1f} more "
         f"accurate; at equal clean accuracy (λ = 0.1) it is {accurate:.1f} more robust (AutoAttack:",
-        f"is {pgd} more robust than KDIGA under both (AutoAttack: p = 0.07) and {clean} less accurate.",
+        f"is {pgd} more robust than KDIGA (AutoAttack: {autoattack}; p = 0.01 to 0.07, by seed) and {clean} less "
+        "accurate.",
         f"(with 40, ST has {cifar('st_long', 'clean'):.1f} % clean)",
         f"(AutoAttack: {cifar('isd_wot_6', 'autoattack'):.1f} %)",
         f"KD gains {gains[0]:.1f} of KDIGA's {gains[1]:.1f} points on the digits",
