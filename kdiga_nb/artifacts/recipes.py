@@ -251,7 +251,7 @@ def table1_runs(params: Table1Params) -> dict[str, tuple[str, Nets]]:
     }
     for name, (source, in_paper) in sources.items():
         teachers = () if source == NONE else igam_sources(params, name, source)
-        task = in_paper if source == NONE else source
+        task = in_paper if source in (NONE, in_paper.lower()) else source
         kind = "published" if name == "igam_mnist" and params.source_mnist_checkpoint else "PGD"
         rows[name] = (f"{kind} teacher of {task} → IGAM → {wide}", igam_students(params, teachers))
     rows |= {

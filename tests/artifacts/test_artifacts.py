@@ -233,7 +233,7 @@ def test_published_weights_take_the_place_of_a_training():
 def test_igams_mnist_teacher_may_be_published_and_is_given_a_new_head():
     text = "trades:trades_model_mnist_smallcnn.pt"
     row = experiment("cifar10", "table1", source_mnist_checkpoint=text).row("igam_mnist")
-    assert row.label == "published teacher of mnist → IGAM → wrn_34_10"
+    assert row.label == "published teacher of MNIST → IGAM → wrn_34_10"
     (run,) = row.runs
     teacher = run.teacher
     assert isinstance(teacher, Run) and (teacher.dataset, teacher.schedule.trainable) == ("cifar10", "head")
