@@ -23,7 +23,8 @@ cifar10_cpu table1 kdiga:2 kdiga:0: clean −0.1 [−0.4, 0.3] 0.82; pgd20 0.3 [
 cifar10_cpu table1 kdiga:2 kdiga:0: autoattack −0.3 [−1.6, 1.0] 0.76
 cifar10_cpu table1 pgd_student kdiga:1: autoattack 2.6 [0.7, 4.5] 0.01
 cifar10_cpu table1 pgd_student kdiga:2: autoattack 2.1 [0.3, 3.9] 0.03
-cifar10_cpu table1 trades_teacher igam_mnist: clean 0.3 [−0.4, 0.9] 0.44; pgd20 13.6 [12.8, 14.4] <; autoattack 15.1 [12.8, 17.5] <
+cifar10_cpu table1 trades_teacher igam_mnist: clean 0.3 [−0.4, 0.9] 0.44; pgd20 13.6 [12.8, 14.4] <
+cifar10_cpu table1 trades_teacher igam_mnist: autoattack 15.1 [12.8, 17.5] <
 cifar10_cpu table1 kdiga igam_mnist: clean 2.3 [1.7, 3.0] <; pgd20 11.7 [10.9, 12.4] <; autoattack 13.1 [10.8, 15.4] <
 cifar10_cpu table1 penalty igam_mnist: clean 5.0 [4.3, 5.6] <
 cifar10_cpu table1 igam_mnist penalty: pgd20 1.5 [0.8, 2.2] <; autoattack 3.7 [1.7, 5.7] <
