@@ -150,7 +150,8 @@ DIGITS_ROWS = [
     *["pgd_student", "trades_student", "trades_teacher"],
 ]
 CIFAR_ROWS = [
-    *["st", "st_long", "kd", "ard", "igam_mnist", "kdiga", "pgd_student", "trades_teacher", "isd_wit_1", "isd_wit_2"],
+    *["st", "st_long", "kd", "ard", "igam_mnist", "kdiga", "kdiga_ard_c", "pgd_student", "trades_teacher"],
+    *["isd_wit_1", "isd_wit_2"],
     *(f"isd_wot_{loop}" for loop in range(1, 7)),
     *["kdiga_zero", "kdiga_shuffled", "penalty", "isd_wot_1_zero"],
 ]

@@ -23,6 +23,13 @@ cifar10_cpu table1 kdiga:2 kdiga:0: clean −0.1 [−0.4, 0.3] 0.82; pgd20 0.3 [
 cifar10_cpu table1 kdiga:2 kdiga:0: autoattack −0.3 [−1.6, 1.0] 0.76
 cifar10_cpu table1 pgd_student kdiga:1: autoattack 2.6 [0.7, 4.5] 0.01
 cifar10_cpu table1 pgd_student kdiga:2: autoattack 2.1 [0.3, 3.9] 0.03
+cifar10_cpu table1 kdiga_ard_c ard: pgd20 9.4 [8.8, 10.1] <
+cifar10_cpu table1 ard kdiga_ard_c: clean 7.1 [6.5, 7.7] <
+cifar10_cpu table1 kdiga_ard_c kdiga: clean 0.1 [−0.3, 0.4] 0.68; pgd20 0.7 [0.3, 1.1] <
+cifar10_cpu table1 kdiga_ard_c kdiga:1: pgd20 0.5 [0.1, 0.9] 0.03
+cifar10_cpu table1 kdiga_ard_c kdiga:2: pgd20 0.4 [0.0, 0.8] 0.06
+cifar10_cpu table1 pgd_student kdiga_ard_c: pgd20 1.1 [0.5, 1.7] <
+cifar10_cpu table1 kdiga_ard_c pgd_student: clean 2.5 [2.0, 3.1] <
 cifar10_cpu table1 trades_teacher igam_mnist: clean 0.3 [−0.4, 0.9] 0.44; pgd20 13.6 [12.8, 14.4] <
 cifar10_cpu table1 trades_teacher igam_mnist: autoattack 15.1 [12.8, 17.5] <
 cifar10_cpu table1 kdiga igam_mnist: clean 2.3 [1.7, 3.0] <; pgd20 11.7 [10.9, 12.4] <; autoattack 13.1 [10.8, 15.4] <
